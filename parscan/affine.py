@@ -1,0 +1,58 @@
+"""The element every algorithm combines: one affine map, scaled so that long products stay finite.
+
+    v  ->  P (2^e ∘ v) + b
+
+P is a Jacobian kind, b the offset, e an integer exponent for each *contracted* coordinate, i.e. each column of P. The matrices of
+a long chain overflow or underflow long before the vectors they are applied to do; with one exponent a column, whatever
+growth or decay is aligned with the coordinates is held exactly. A single exponent a matrix is not enough: diag(16, 1)^100
+applied to (0, 1) is (0, 1), but scaled by its largest entry the 1 is flushed to zero. Columns are the right side
+since `v` enters there; cotangents travel through transposed maps, whose columns are the rows of the Jacobians.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+from jax import Array
+
+from parscan.jacobians import Jacobian
+
+
+class Affine(NamedTuple):
+    """How a vector crosses one stretch of the chain, in the order of travel."""
+
+    matrix: Jacobian
+    exponent: Array | None  # int32 (..., n), or None: all zero, the matrix is a single step's own
+    offset: Array  # (..., n)
+
+
+def apply(crossing: Affine, vector: Array) -> Array:
+    """The vector on the other side; vector (..., n)."""
+    scaled = vector if crossing.exponent is None else jnp.ldexp(vector, crossing.exponent)
+    return crossing.matrix.apply(scaled) + crossing.offset
+
+
+def then(second: Affine, first: Affine) -> Affine:
+    """The single map that crosses `first`, then `second`.
+
+    P₂ 2^e₂ P₁ 2^e₁: 2^e₂ P₁ is rescaled by column before it meets P₂, so nothing overflows on the way, and so is the product.
+    """
+    outer = _scaled(second)
+    matrix, carried = first.matrix.balanced(rows=outer.exponent)
+    matrix, grown = outer.matrix.after(matrix).balanced()
+    exponent = carried + grown if first.exponent is None else first.exponent + carried + grown
+    return Affine(matrix, exponent, apply(second, first.offset))
+
+
+def renormalised(matrix: Any, exponent: Array) -> tuple[Any, Array]:
+    """The same scaled matrix with every column's largest entry in [1/2, 1)."""
+    matrix, grown = matrix.balanced()
+    return matrix, exponent + grown
+
+
+def _scaled(crossing: Affine) -> Affine:
+    if crossing.exponent is not None:
+        return crossing
+    matrix, exponent = crossing.matrix.balanced()
+    return Affine(matrix, exponent, crossing.offset)

@@ -1,0 +1,54 @@
+"""Small questions about pytrees and dtypes, and the words in which errors name them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import dtypes
+
+Tree = Any
+
+
+def is_inexact(leaf: Any) -> bool:
+    """Whether a leaf (array, tracer or abstract value) is floating-point or complex, hence differentiable."""
+    return dtypes.issubdtype(dtype_of(leaf), jnp.inexact)
+
+
+def is_complex(leaf: Any) -> bool:
+    """Whether a leaf is complex."""
+    return dtypes.issubdtype(dtype_of(leaf), jnp.complexfloating)
+
+
+def dtype_of(leaf: Any) -> Any:
+    """The dtype JAX would give a leaf: Python scalars and float0 arrays included."""
+    return leaf.dtype if hasattr(leaf, "dtype") else dtypes.result_type(leaf)
+
+
+def shape_of(leaf: Any) -> tuple[int, ...]:
+    """The shape of a leaf, `()` for a Python scalar."""
+    return tuple(jnp.shape(leaf))
+
+
+def describe(leaf: Any) -> str:
+    """A leaf as error messages name it: `float32[4,8]`."""
+    return f"{dtype_of(leaf)}[{','.join(map(str, shape_of(leaf)))}]"
+
+
+def named_leaves(name: str, tree: Tree) -> list[tuple[str, Any]]:
+    """Every leaf with its path as a user would write it: `params['w']`, `h[0]`."""
+    return [(name + jax.tree_util.keystr(path), leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(tree)]
+
+
+def structure_difference(name: str, got: Tree, want: Tree) -> str | None:
+    """What differs between two pytrees' structures, in words, or `None`."""
+    got_def, want_def = jax.tree.structure(got), jax.tree.structure(want)
+    return None if got_def == want_def else f"{name} has the structure {got_def}, where {want_def} is needed"
+
+
+def float0_zeros(shape: tuple[int, ...]) -> Any:
+    """The cotangent JAX gives an integer, boolean or key array of this shape."""
+    import numpy as np
+
+    return np.zeros(shape, dtypes.float0)

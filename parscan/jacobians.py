@@ -1,0 +1,205 @@
+"""Kinds of Jacobian: how a linear map is stored, applied and multiplied.
+
+Every kind acts on raveled vectors of shape (..., n); leading axes are independent maps (the steps of a chain). Products are
+taken at the highest precision the device has, since a long chain compounds what each product loses.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+
+_NONE = -(2**30)  # "exponent" of a zero entry: below every sum of exponents that can occur
+_UNROLLED = 8  # up to this size XLA's fused multiply-and-sum beats a call to a GEMM of tiny matrices
+
+Self = TypeVar("Self", bound="Dense | Diagonal | BlockDiagonal")
+
+
+def _register(cls):
+    (field,) = cls.__dataclass_fields__
+    return jax.tree_util.register_dataclass(cls, data_fields=[field], meta_fields=[])
+
+
+def _dot(matrix: Array, vector: Array) -> Array:
+    """(..., n, n) times (..., n)."""
+    if matrix.shape[-1] <= _UNROLLED:
+        return (matrix * vector[..., None, :]).sum(-1)
+    return jnp.einsum("...ij,...j->...i", matrix, vector, precision=lax.Precision.HIGHEST)
+
+
+def _exponents(x: Array) -> Array:
+    """Binary exponents, `_NONE` for zeros."""
+    return jnp.where(x == 0, _NONE, jnp.frexp(x)[1])
+
+
+def _balanced(matrix: Array, rows: Array | None) -> tuple[Array, Array]:
+    """2^rows · matrix as (mantissa, e), with mantissa · 2^e and every column's largest entry in [1/2, 1).
+
+    matrix (..., n, n), rows int32 (..., n) or None, e int32 (..., n). Exact, but for entries 2^126 below their column's largest.
+    """
+    exponent = _exponents(matrix) if rows is None else _exponents(matrix) + rows[..., :, None]
+    top = exponent.max(-2)
+    top = jnp.where(top < _NONE // 2, 0, top)
+    shift = -top[..., None, :] if rows is None else rows[..., :, None] - top[..., None, :]
+    return jnp.ldexp(matrix, shift), top
+
+
+@_register
+@dataclass(frozen=True)
+class Dense:
+    """A full matrix a step.
+
+    Args:
+        matrix: floating-point array of shape (..., n, n).
+
+    Example:
+        >>> parscan.Dense(jnp.ones((100, 3, 3))).size
+        3
+    """
+
+    matrix: Array
+
+    @property
+    def size(self) -> int:
+        """n, the length of the vectors it acts on."""
+        return self.matrix.shape[-1]
+
+    def apply(self, vector: Array) -> Array:
+        """J v; vector (..., n)."""
+        return _dot(self.matrix, vector)
+
+    def transpose(self) -> Dense:
+        """Jᵀ."""
+        return Dense(self.matrix.swapaxes(-1, -2))
+
+    def after(self, first: Dense) -> Dense:
+        """The product self · first: `first` is applied first."""
+        return Dense(jnp.matmul(self.matrix, first.matrix, precision=lax.Precision.HIGHEST))
+
+    def balanced(self, rows: Array | None = None) -> tuple[Dense, Array]:
+        """2^rows · J as a mantissa and one exponent a column; rows and exponents int32 (..., n)."""
+        mantissa, exponent = _balanced(self.matrix, rows)
+        return Dense(mantissa), exponent
+
+    def to_dense(self) -> Array:
+        """The full matrix, (..., n, n)."""
+        return self.matrix
+
+    @classmethod
+    def from_columns(cls, columns: Array) -> Dense:
+        """From the images of the basis: columns[..., k, :] = J e_k."""
+        return cls(columns.swapaxes(-1, -2))
+
+
+@_register
+@dataclass(frozen=True)
+class BlockDiagonal:
+    """Equal square blocks along the diagonal: a batch of states that do not mix.
+
+    Args:
+        blocks: floating-point array of shape (..., b, m, m); it acts on vectors of length n = b·m, block after block.
+
+    Example:
+        >>> parscan.BlockDiagonal(jnp.ones((100, 4, 3, 3))).size
+        12
+    """
+
+    blocks: Array
+
+    @property
+    def size(self) -> int:
+        """n = b·m, the length of the vectors it acts on."""
+        return self.blocks.shape[-3] * self.blocks.shape[-1]
+
+    def _split(self, vector: Array) -> Array:
+        return vector.reshape(*vector.shape[:-1], *self.blocks.shape[-3:-1])
+
+    def apply(self, vector: Array) -> Array:
+        """J v; vector (..., n)."""
+        product = _dot(self.blocks, self._split(vector))
+        return product.reshape(*product.shape[:-2], -1)
+
+    def transpose(self) -> BlockDiagonal:
+        """Jᵀ."""
+        return BlockDiagonal(self.blocks.swapaxes(-1, -2))
+
+    def after(self, first: BlockDiagonal) -> BlockDiagonal:
+        """The product self · first: `first` is applied first."""
+        return BlockDiagonal(jnp.matmul(self.blocks, first.blocks, precision=lax.Precision.HIGHEST))
+
+    def balanced(self, rows: Array | None = None) -> tuple[BlockDiagonal, Array]:
+        """2^rows · J as a mantissa and one exponent a column; rows and exponents int32 (..., n)."""
+        mantissa, exponent = _balanced(self.blocks, None if rows is None else self._split(rows))
+        return BlockDiagonal(mantissa), exponent.reshape(*exponent.shape[:-2], -1)
+
+    def to_dense(self) -> Array:
+        """The full matrix, (..., n, n)."""
+        b, m = self.blocks.shape[-3:-1]
+        full = jnp.eye(b, dtype=self.blocks.dtype)[:, None, :, None] * self.blocks[..., :, :, None, :]
+        return full.reshape(*self.blocks.shape[:-3], b * m, b * m)
+
+    @classmethod
+    def from_columns(cls, columns: Array) -> BlockDiagonal:
+        """From the images of the m vectors that are e_k in every block at once: columns (..., m, b·m)."""
+        m = columns.shape[-2]
+        blocks = columns.reshape(*columns.shape[:-1], columns.shape[-1] // m, m)
+        return cls(jnp.moveaxis(blocks, -3, -1))
+
+
+@_register
+@dataclass(frozen=True)
+class Diagonal:
+    """An elementwise map.
+
+    Args:
+        diagonal: floating-point array of shape (..., n).
+
+    Example:
+        >>> parscan.Diagonal(jnp.ones((100, 8))).size
+        8
+    """
+
+    diagonal: Array
+
+    @property
+    def size(self) -> int:
+        """n, the length of the vectors it acts on."""
+        return self.diagonal.shape[-1]
+
+    def apply(self, vector: Array) -> Array:
+        """J v; vector (..., n)."""
+        return self.diagonal * vector
+
+    def transpose(self) -> Diagonal:
+        """Jᵀ = J."""
+        return self
+
+    def after(self, first: Diagonal) -> Diagonal:
+        """The product self · first."""
+        return Diagonal(self.diagonal * first.diagonal)
+
+    def balanced(self, rows: Array | None = None) -> tuple[Diagonal, Array]:
+        """2^rows · J as a mantissa and one exponent an entry; rows and exponents int32 (..., n)."""
+        top = jnp.where(self.diagonal == 0, 0, jnp.frexp(self.diagonal)[1])
+        return Diagonal(jnp.ldexp(self.diagonal, -top)), top if rows is None else top + rows
+
+    def to_dense(self) -> Array:
+        """The full matrix, (..., n, n)."""
+        return jnp.eye(self.size, dtype=self.diagonal.dtype) * self.diagonal[..., None, :]
+
+    @classmethod
+    def from_columns(cls, columns: Array) -> Diagonal:
+        """From the image of the vector of ones: columns (..., 1, n)."""
+        return cls(columns[..., 0, :])
+
+
+Jacobian = Dense | BlockDiagonal | Diagonal
+
+
+def kind_of(blocks: int, width: int) -> type[Any]:
+    """The kind for `blocks` blocks of side `width`."""
+    return Diagonal if width == 1 else Dense if blocks == 1 else BlockDiagonal

@@ -1,0 +1,7 @@
+"""All reading of jaxprs: their parameters change between JAX releases, so nobody else looks inside one."""
+
+from parscan.jaxprs.dependence import MIXED, Dependence, dependence
+from parscan.jaxprs.obstacles import has_effects, obstacle
+from parscan.jaxprs.program import Program, slice_spec, trace
+
+__all__ = ["MIXED", "Dependence", "Program", "dependence", "has_effects", "obstacle", "slice_spec", "trace"]

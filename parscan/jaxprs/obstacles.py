@@ -1,0 +1,89 @@
+"""What keeps a step from being pushed a basis through, found in its equations before anything runs."""
+
+from __future__ import annotations
+
+import functools
+import os
+from typing import Any
+
+import jax
+
+from parscan.checks import is_complex, is_inexact
+from parscan.jaxprs.program import Program, open_jaxpr, sub_jaxprs
+
+_LIBRARIES = tuple(os.path.dirname(os.path.abspath(module.__file__ or "")) + os.sep for module in (jax, __import__("jaxlib"), __import__("parscan")))
+
+
+def where(eqn: Any) -> str:
+    """`name at file.py:31`: an equation as the user would look for it."""
+    traceback = eqn.source_info.traceback
+    for frame in traceback.frames if traceback is not None else ():
+        if not frame.file_name.startswith(_LIBRARIES) and not frame.file_name.startswith("<"):
+            return f"`{eqn.primitive.name}` at {os.path.basename(frame.file_name)}:{frame.line_num}"
+    return f"`{eqn.primitive.name}`"
+
+
+@functools.lru_cache(maxsize=256)
+def obstacle(program: Program) -> str | None:
+    """Why the derivative of this step may not be pushed a basis through, or `None`.
+
+    A custom VJP need not be linear in the cotangent (gradient clipping is not), a collective mixes what another device
+    or mapped axis holds, an effect would be repeated, a mutable reference read at the wrong time.
+    """
+    if any(map(is_complex, program.avals[1])):
+        return "the carry is complex"
+    found = _in_equations(program.jaxpr)
+    if found is not None:
+        return found
+    try:
+        consts, carry, x = program.avals
+        batched = jax.vmap(functools.partial(_pull_back, program), in_axes=(None, 0, 0), axis_size=1)
+        jax.eval_shape(batched, consts, *([jax.ShapeDtypeStruct((1, *a.shape), a.dtype) for a in part] for part in (carry, x)))
+    except Exception as error:
+        return f"JAX cannot take its reverse-mode derivative for a batch of steps: {str(error).splitlines()[0] if str(error) else type(error).__name__}"
+    return None
+
+
+def has_effects(program: Program) -> bool:
+    """Whether running it does more than compute, so that it cannot be batched."""
+    return bool(open_jaxpr(program.jaxpr).effects)
+
+
+def _in_equations(jaxpr: Any) -> str | None:
+    for eqn in open_jaxpr(jaxpr).eqns:
+        name = eqn.primitive.name
+        if name.startswith("custom_vjp_call"):
+            return f"{where(eqn)} has a custom VJP, which need not be linear in the cotangent"
+        for inner in sub_jaxprs(list(eqn.params.values())):
+            found = _in_equations(inner)
+            if found is not None:
+                return found
+        axes = [axis for axis in _axis_names(eqn.params) if isinstance(axis, str)]
+        if axes:
+            return f"{where(eqn)} is a collective over the named axis {axes[0]!r}"
+        if any(type(v.aval).__name__ == "AbstractRef" for v in (*eqn.invars, *eqn.outvars)):
+            return f"{where(eqn)} uses a mutable reference"
+        if eqn.effects:
+            return f"{where(eqn)} has a side effect"
+    return None
+
+
+def _axis_names(params: dict[str, Any]) -> list[Any]:
+    names: list[Any] = []
+    for key in ("axis_name", "axes", "axis"):
+        value = params.get(key, ())
+        names.extend(value if isinstance(value, (tuple, list)) else [value])
+    return names
+
+
+def _pull_back(program: Program, consts: Any, carry: Any, x: Any) -> Any:
+    """The shape of a pull-back through everything differentiable: fails where JAX would."""
+
+    def differentiable(some):
+        full = iter(some)
+        rebuilt = [next(full) if is_inexact(leaf) else leaf for leaf in (*consts, *carry, *x)]
+        outs = program(rebuilt[: len(consts)], rebuilt[len(consts) : len(consts) + len(carry)], rebuilt[len(consts) + len(carry) :])
+        return [leaf for leaf in (*outs[0], *outs[1]) if is_inexact(leaf)]
+
+    outs, pull = jax.vjp(differentiable, [leaf for leaf in (*consts, *carry, *x) if is_inexact(leaf)])
+    return pull(outs)

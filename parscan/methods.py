@@ -1,0 +1,140 @@
+"""The algorithms, as values: points of the space (segment, chunk size, tree levels).
+
+A chain of `L` affine maps is cut into segments, a segment into chunks, and the maps of the chunks are combined by some
+levels of a tree; what is left is walked one map after another.
+
+| method         | segment | chunk size | tree levels                                       |
+|----------------|---------|------------|---------------------------------------------------|
+| `Sequential()` | L       | L          | none: a loop of VJPs (or JVPs) of the layer       |
+| `Walk(S)`      | S       | 1          | none: a loop of matrix-vector products            |
+| `Chunked(K)`   | L       | K          | all, or as many as asked for                      |
+| `Tree()`       | L       | 1          | all                                               |
+| `Associative()`| L       | 1          | all, by `lax.associative_scan`, for comparison    |
+
+`Lax()` leaves the whole differentiation to JAX.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+
+def _at_least_one(owner: str, name: str, value: int | None) -> None:
+    if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+        raise ValueError(f"`{owner}({name}=...)` must be an integer of at least 1, or None to have it chosen; got {value!r}.")
+
+
+@dataclass(frozen=True)
+class Method:
+    """An algorithm for the backward pass; see the subclasses."""
+
+    @property
+    def is_parallel(self) -> bool:
+        """Whether it forms Jacobians, which not every layer allows."""
+        return True
+
+
+@dataclass(frozen=True)
+class Lax(Method):
+    """Leave it to JAX: the backward pass of `jax.lax.scan`, one whole VJP after another.
+
+    Example:
+        >>> parscan.scan(f, init, xs, method=parscan.Lax())  # doctest: +SKIP
+    """
+
+    @property
+    def is_parallel(self) -> bool:
+        return False
+
+
+@dataclass(frozen=True)
+class Sequential(Method):
+    """A loop for the cotangents of the state alone, then one batched pull-back to the parameters: the oracle.
+
+    Example:
+        >>> parscan.parallel_backward(f, params, activations, c, method="sequential")  # doctest: +SKIP
+    """
+
+    @property
+    def is_parallel(self) -> bool:
+        return False
+
+
+@dataclass(frozen=True)
+class Walk(Method):
+    """Jacobians formed in parallel, a segment at a time, then walked with bare matrix-vector products.
+
+    Depth `L`, but an order of magnitude cheaper a step than a loop of VJPs; memory grows with the segment, not with `L`.
+
+    Args:
+        segment: steps whose Jacobians are formed at once; `None` lets the planner choose, `L` or more is one segment.
+
+    Example:
+        >>> parscan.Walk(segment=64)
+        Walk(segment=64)
+    """
+
+    segment: int | None = None
+
+    def __post_init__(self) -> None:
+        _at_least_one("Walk", "segment", self.segment)
+
+
+@dataclass(frozen=True)
+class Associative(Method):
+    """`jax.lax.associative_scan` over explicit Jacobians: every prefix product, twice the matrix products of `Tree`."""
+
+
+@dataclass(frozen=True)
+class Tree(Method):
+    """Work-efficient prefix tree over explicit Jacobians: matrix products on the way up, only vectors on the way down.
+
+    Depth at most `2 ceil(log2 L) + 2`, fewer than `L` matrix products (Blelloch 1990; Wang, Bai, Pekhimenko 2020).
+    """
+
+
+@dataclass(frozen=True)
+class Chunked(Method):
+    """fold -> scan -> unfold: chunks of `size` steps become one matrix each, the chunk matrices go through a tree.
+
+    No step's own Jacobian is ever stored. Depth `2 size + 2 log2(L / size)`.
+
+    Args:
+        size: steps a chunk; `None` lets the planner choose from the block size.
+        levels: tree levels before the remaining maps are walked one by one; `None` for all.
+
+    Example:
+        >>> parscan.Chunked(size=16)
+        Chunked(size=16, levels=None)
+    """
+
+    size: int | None = None
+    levels: int | None = None
+
+    def __post_init__(self) -> None:
+        _at_least_one("Chunked", "size", self.size)
+        if self.levels is not None and (isinstance(self.levels, bool) or not isinstance(self.levels, int) or self.levels < 0):
+            raise ValueError(f"`Chunked(levels=...)` must be an integer of at least 0, or None for all; got {self.levels!r}.")
+
+
+BY_NAME: dict[str, type[Method]] = {kind.__name__.lower(): kind for kind in (Lax, Sequential, Walk, Associative, Tree, Chunked)}
+
+
+def parse_method(method: Any) -> Method | None:
+    """A method from a value or a lower-case name; `None` for `"auto"`.
+
+    Raises:
+        ValueError: the name is unknown. TypeError: neither a name nor a method.
+    """
+    if isinstance(method, Method):
+        return method
+    if method == "auto":
+        return None
+    if isinstance(method, str) and method in BY_NAME:
+        return BY_NAME[method]()
+    if isinstance(method, type) and issubclass(method, Method):
+        raise TypeError(f"`method` must be a value, not a class: write `{method.__name__}()`.")
+    known = ", ".join(repr(name) for name in ("auto", *BY_NAME))
+    kind = ValueError if isinstance(method, str) else TypeError
+    raise kind(f"`method` must be one of {known}, or a value such as parscan.Chunked(size=16); got {method!r}.")

@@ -1,0 +1,226 @@
+"""The derivative of a whole recurrence as one linear system, solved in parallel in both directions.
+
+Linearised at its stored states, a recurrence h_i, y_i = f(θ, h_{i-1}, x_i) maps tangents (θ', x', h_0') to
+
+    h_i' = J_i h_{i-1}' + B_i (θ', x_i'),      y_i' = C_i h_{i-1}' + D_i (θ', x_i').
+
+With U = (θ', x', h', y') stacked this reads A U = r, A unit lower triangular and *local*: a step touches its
+neighbour only. `lax.custom_linear_solve` is told A, how to solve with it (tangents: `sweep` along the chain) and how to solve with its
+transpose (cotangents: `sweep` against it, then one batched pull-back to θ and x). JAX then knows everything else: jvp, transpose,
+batching, and every higher derivative, since the derivative of a solve is a solve with the same A. Nothing of the sweeps is
+ever differentiated, no Jacobian is kept from the forward pass, and each direction scales its matrices on its own side.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+
+from parscan import prefix
+from parscan.checks import is_inexact
+from parscan.jaxprs import Program
+from parscan.methods import Method
+from parscan.structure import Layout
+from parscan.sweep import Chain, sweep
+
+
+
+
+class Unknowns(NamedTuple):
+    """U, and likewise its cotangents: constants, inputs (leading axis L), states (L + 1, n), outputs (leading axis L)."""
+
+    consts: list[Array]
+    xs: list[Array]
+    states: Array
+    ys: list[Array]
+
+
+class Linearised(NamedTuple):
+    """A recurrence at its stored states, and what of it is differentiated.
+
+    program: the step; its carry leaves that are not floating-point are constants here.
+    layout: coordinates of the differentiable carry.
+    method: how to travel; sizes chosen.
+    reverse: the recurrence runs from the last step to the first.
+    consts, xs: all of them, xs with leading axis L.
+    states: the carry entering each step, leading axis L.
+    active_consts, active_xs, active_ys: positions of the leaves that take part.
+    """
+
+    program: Program
+    layout: Layout
+    method: Method
+    reverse: bool
+    consts: Sequence[Any]
+    xs: Sequence[Any]
+    states: Sequence[Any]
+    active_consts: tuple[int, ...]
+    active_xs: tuple[int, ...]
+    active_ys: tuple[int, ...]
+
+    @property
+    def _floats(self) -> tuple[int, ...]:
+        return tuple(i for i, aval in enumerate(self.program.avals[1]) if is_inexact(aval))
+
+    def primal(self) -> tuple[list[Any], list[Any], list[Any]]:
+        """The point of linearisation: active consts, float states, active xs."""
+        return [self.consts[i] for i in self.active_consts], [self.states[i] for i in self._floats], [self.xs[i] for i in self.active_xs]
+
+    def step(self, data: Any, consts: list[Any], state: list[Any], x: list[Any]) -> tuple[list[Any], list[Any]]:
+        """One step as a function of the active leaves; `data` is that step's (states, xs), which fills in the others."""
+        states, xs = data
+        new, ys = self.program(
+            _filled(self.consts, self.active_consts, consts), _filled(states, self._floats, state), _filled(xs, self.active_xs, x)
+        )
+        return [new[i] for i in self._floats], [ys[i] for i in self.active_ys]
+
+    @property
+    def data(self) -> tuple[list[Any], list[Any]]:
+        """What tells one step from another, leading axis L."""
+        return list(self.states), list(self.xs)
+
+    def at(self, data: Any) -> tuple[list[Any], list[Any], list[Any]]:
+        """`primal` of a single step, or of stacked ones."""
+        states, xs = data
+        return [self.consts[i] for i in self.active_consts], [states[i] for i in self._floats], [xs[i] for i in self.active_xs]
+
+    # --- one step -----------------------------------------------------------------------------------------------------
+
+    def push(self, data: Any, vector: Array) -> Array:
+        """J v for one step, in the coordinates of the layout."""
+        consts, state, x = self.at(data)
+        _, out = jax.jvp(lambda s: self.step(data, consts, s, x)[0], (state,), (self.layout.from_vector(vector),))
+        return self.layout.to_vector(out)
+
+    def pull(self, data: Any, vector: Array) -> Array:
+        """Jᵀ g for one step, in the coordinates of the layout."""
+        consts, state, x = self.at(data)
+        _, back = jax.vjp(lambda s: self.step(data, consts, s, x)[0], state)
+        return self.layout.to_vector(back(self.layout.from_vector(vector))[0])
+
+    def chain(self, cross: Callable[[Any, Array], Array]) -> Chain:
+        """The steps as linear maps: `cross` is `push` or `pull`."""
+
+        def form(data):
+            columns = jax.vmap(jax.vmap(cross, (None, 0)), (0, None))(data, self.layout.basis())
+            return self.layout.matrix(columns)
+
+        return Chain(self.data, cross, form, self.layout.blocks, self.layout.width)
+
+    # --- all steps ----------------------------------------------------------------------------------------------------
+
+    def all_steps(self, consts: list[Array], states: list[Array], xs: list[Array]) -> tuple[list[Array], list[Array]]:
+        """Every step at once; shared constants stay shared, so that their cotangent is one contraction over all steps."""
+        return jax.vmap(self.step, in_axes=(0, None, 0, 0))(self.data, consts, states, xs)
+
+    def push_inputs(self, consts: list[Array], xs: list[Array]) -> Array:
+        """Tangents of all new states, as vectors, from those of constants and inputs alone."""
+        at_consts, states, at_xs = self.primal()
+        return self.layout.to_vector(jax.jvp(lambda c, x: self.all_steps(c, states, x)[0], (at_consts, at_xs), (consts, xs))[1])
+
+    def push_all(self, consts: list[Array], entering: Array, xs: list[Array]) -> tuple[Array, list[Array]]:
+        """Tangents of all new states, as vectors, and outputs."""
+        tangents = (consts, self.layout.from_vector(entering), xs)
+        new, ys = jax.jvp(self.all_steps, self.primal(), tangents)[1]
+        return self.layout.to_vector(new), ys
+
+    def pull_outputs(self, ys: list[Array]) -> Array:
+        """Cotangents of the states entering each step, as vectors, from those of the outputs alone."""
+
+        def one(data, ys):
+            consts, state, x = self.at(data)
+            return jax.vjp(lambda s: self.step(data, consts, s, x)[1], state)[1](ys)[0]
+
+        return self.layout.to_vector(jax.vmap(one)(self.data, ys))
+
+    def pull_inputs(self, leaving: Array, ys: list[Array]) -> tuple[list[Array], list[Array]]:
+        """Cotangents of constants and inputs, from those of new states (vectors) and outputs."""
+        cotangents = (self.layout.from_vector(leaving), ys)
+        consts, states, xs = self.primal()
+        if not self.program.has_branches:
+            return jax.vjp(lambda c, x: self.all_steps(c, states, x), consts, xs)[1](cotangents)
+
+        # Batched steps turn a cond into a select of all branches. Transposing that multiplies what the branches not taken have
+        # stored, perhaps inf or NaN, by zero. Transposed step by step first, they are selected away: the sum comes last.
+        def one(data, cotangents):
+            consts, state, x = self.at(data)
+            return jax.vjp(lambda c, x: self.step(data, c, state, x), consts, x)[1](cotangents)
+
+        consts, xs = jax.vmap(one)(self.data, cotangents)
+        return jax.tree.map(lambda c: c.sum(0), consts), xs
+
+
+def _filled(leaves: Sequence[Any], places: Sequence[int], values: Sequence[Any]) -> list[Any]:
+    full = list(leaves)
+    for place, value in zip(places, values, strict=True):
+        full[place] = value
+    return full
+
+
+# --- the system --------------------------------------------------------------------------------------------------------
+
+
+def _apply(at: Linearised, u: Unknowns) -> Unknowns:
+    """A U."""
+    entering, leaving = prefix.entering(u.states, at.reverse), prefix.leaving(u.states, at.reverse)
+    new, ys = at.push_all(u.consts, entering, u.xs)
+    states = prefix.boundaries(prefix.first(u.states, at.reverse), leaving - new, at.reverse)
+    return Unknowns(u.consts, u.xs, states, [a - b for a, b in zip(u.ys, ys, strict=True)])
+
+
+def _solve(at: Linearised, r: Unknowns) -> Unknowns:
+    """A⁻¹ r: tangents, along the chain."""
+    start, offsets = prefix.first(r.states, at.reverse), prefix.leaving(r.states, at.reverse)
+    if at.active_consts or at.active_xs:
+        offsets = offsets + at.push_inputs(r.consts, r.xs)
+    values = sweep(at.chain(at.push), start, offsets, at.method, reverse=at.reverse)
+    states = prefix.boundaries(start, values, at.reverse)
+    ys = r.ys
+    if at.active_ys:
+        made = at.push_all(r.consts, prefix.entering(states, at.reverse), r.xs)[1]
+        ys = [a + b for a, b in zip(r.ys, made, strict=True)]
+    return Unknowns(r.consts, r.xs, states, ys)
+
+
+def _solve_transposed(at: Linearised, c: Unknowns) -> Unknowns:
+    """A⁻ᵀ c: cotangents, against the chain, then one batched pull-back to constants and inputs."""
+    back = not at.reverse
+    start, offsets = prefix.first(c.states, back), prefix.leaving(c.states, back)
+    if at.active_ys:
+        offsets = offsets + at.pull_outputs(c.ys)
+    values = sweep(at.chain(at.pull), start, offsets, at.method, reverse=back)
+    states = prefix.boundaries(start, values, back)
+    consts, xs = c.consts, c.xs
+    if at.active_consts or at.active_xs:
+        to_consts, to_xs = at.pull_inputs(prefix.entering(states, back), c.ys)
+        consts, xs = jax.tree.map(jnp.add, consts, to_consts), jax.tree.map(jnp.add, xs, to_xs)
+    return Unknowns(consts, xs, states, c.ys)
+
+
+def tangents(at: Linearised, r: Unknowns) -> Unknowns:
+    """Solves A U = r: forward mode, differentiable to any order, transposed by JAX into `cotangents`."""
+    return lax.custom_linear_solve(
+        partial(_apply, at), r, lambda _, r: _solve(at, r), transpose_solve=lambda _, c: _solve_transposed(at, c)
+    )
+
+
+def cotangents(at: Linearised, c: Unknowns) -> Unknowns:
+    """Solves Aᵀ W = c: reverse mode, differentiable to any order."""
+    transposed = jax.linear_transpose(partial(_apply, at), c)
+    return lax.custom_linear_solve(
+        lambda w: transposed(w)[0], c, lambda _, c: _solve_transposed(at, c), transpose_solve=lambda _, r: _solve(at, r)
+    )
+
+
+def zeros(at: Linearised, count: int) -> Unknowns:
+    """A right-hand side of zeros for a chain of `count` steps."""
+    consts = [jnp.zeros_like(at.consts[i]) for i in at.active_consts]
+    xs = [jnp.zeros_like(at.xs[i]) for i in at.active_xs]
+    avals = at.program.out_avals[1]
+    ys = [jnp.zeros((count, *avals[i].shape), avals[i].dtype) for i in at.active_ys]
+    return Unknowns(consts, xs, jnp.zeros((count + 1, at.layout.size), at.layout.dtype), ys)
