@@ -29,8 +29,8 @@ class Affine(NamedTuple):
 
 def apply(crossing: Affine, vector: Array) -> Array:
     """The vector on the other side; vector (..., n)."""
-    scaled = vector if crossing.exponent is None else jnp.ldexp(vector, crossing.exponent)
-    return crossing.matrix.apply(scaled) + crossing.offset
+    inner = vector if crossing.exponent is None else jnp.ldexp(vector, crossing.exponent)
+    return crossing.matrix.apply(inner) + crossing.offset
 
 
 def then(second: Affine, first: Affine) -> Affine:
@@ -38,7 +38,7 @@ def then(second: Affine, first: Affine) -> Affine:
 
     P₂ 2^e₂ P₁ 2^e₁: 2^e₂ P₁ is rescaled by column before it meets P₂, so nothing overflows on the way, and so is the product.
     """
-    outer = _scaled(second)
+    outer = scaled(second)
     matrix, carried = first.matrix.balanced(rows=outer.exponent)
     matrix, grown = outer.matrix.after(matrix).balanced()
     exponent = carried + grown if first.exponent is None else first.exponent + carried + grown
@@ -51,7 +51,8 @@ def renormalised(matrix: Any, exponent: Array) -> tuple[Any, Array]:
     return matrix, exponent + grown
 
 
-def _scaled(crossing: Affine) -> Affine:
+def scaled(crossing: Affine) -> Affine:
+    """The same map with its exponents written out."""
     if crossing.exponent is not None:
         return crossing
     matrix, exponent = crossing.matrix.balanced()

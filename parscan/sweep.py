@@ -60,7 +60,7 @@ def sweep(chain: Chain, start: Array, offsets: Array, method: Method, *, reverse
         case Tree():
             return prefix.tree(_formed(chain, offsets), start, affine.apply, affine.then, reverse=reverse)
         case Associative():
-            return prefix.associative(_formed(chain, offsets), start, affine.apply, affine.then, reverse=reverse)
+            return prefix.associative(affine.scaled(_formed(chain, offsets)), start, affine.apply, affine.then, reverse=reverse)
         case Chunked(size=size, levels=levels):
             return _chunked(chain, start, offsets, size or 1, levels, reverse)
     raise TypeError(f"no journey by {method!r}")

@@ -170,7 +170,23 @@ def _apply(at: Linearised, u: Unknowns) -> Unknowns:
     entering, leaving = prefix.entering(u.states, at.reverse), prefix.leaving(u.states, at.reverse)
     new, ys = at.push_all(u.consts, entering, u.xs)
     states = prefix.boundaries(prefix.first(u.states, at.reverse), leaving - new, at.reverse)
-    return Unknowns(u.consts, u.xs, states, [a - b for a, b in zip(u.ys, ys, strict=True)])
+    out = Unknowns(u.consts, u.xs, states, [a - b for a, b in zip(u.ys, ys, strict=True)])
+    return _tied(out, _nothing(u) * _nothing([at.consts, at.xs, at.states]))
+
+
+def _nothing(tree: Any) -> Array:
+    """A zero that depends on every differentiable leaf: the sum of no entries of each."""
+    floats = [leaf for leaf in jax.tree.leaves(tree) if is_inexact(leaf)]
+    return sum((jnp.real(leaf.ravel()[:0]).sum().astype(jnp.float32) for leaf in floats), jnp.float32(0))
+
+
+def _tied(u: Unknowns, nothing: Array) -> Unknowns:
+    """The same values, every leaf of which depends on `nothing`.
+
+    JAX transposes a linear solve only if every leaf of its right-hand side is linear in what is transposed; a leaf of plain zeros
+    is not. Empty sums make the dependence formal, cost nothing and multiply nothing by zero.
+    """
+    return jax.tree.map(lambda leaf: leaf + nothing.astype(leaf.dtype), u)
 
 
 def _solve(at: Linearised, r: Unknowns) -> Unknowns:
@@ -205,7 +221,7 @@ def _solve_transposed(at: Linearised, c: Unknowns) -> Unknowns:
 def tangents(at: Linearised, r: Unknowns) -> Unknowns:
     """Solves A U = r: forward mode, differentiable to any order, transposed by JAX into `cotangents`."""
     return lax.custom_linear_solve(
-        partial(_apply, at), r, lambda _, r: _solve(at, r), transpose_solve=lambda _, c: _solve_transposed(at, c)
+        partial(_apply, at), _tied(r, _nothing(r)), lambda _, r: _solve(at, r), transpose_solve=lambda _, c: _solve_transposed(at, c)
     )
 
 
@@ -213,7 +229,7 @@ def cotangents(at: Linearised, c: Unknowns) -> Unknowns:
     """Solves Aᵀ W = c: reverse mode, differentiable to any order."""
     transposed = jax.linear_transpose(partial(_apply, at), c)
     return lax.custom_linear_solve(
-        lambda w: transposed(w)[0], c, lambda _, c: _solve_transposed(at, c), transpose_solve=lambda _, r: _solve(at, r)
+        lambda w: transposed(w)[0], _tied(c, _nothing(c)), lambda _, c: _solve_transposed(at, c), transpose_solve=lambda _, r: _solve(at, r)
     )
 
 
