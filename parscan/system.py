@@ -23,7 +23,7 @@ from jax import Array, lax
 
 from parscan import prefix
 from parscan.checks import is_inexact
-from parscan.jaxprs import Program
+from parscan.jaxprs import Program, staged
 from parscan.methods import Method
 from parscan.structure import Layout
 from parscan.sweep import Chain, sweep
@@ -106,11 +106,13 @@ class Linearised(NamedTuple):
     def chain(self, cross: Callable[[Any, Array], Array]) -> Chain:
         """The steps as linear maps: `cross` is `push` or `pull`."""
 
-        def form(data):
-            columns = jax.vmap(jax.vmap(cross, (None, 0)), (0, None))(data, self.layout.basis())
-            return self.layout.matrix(columns)
+        layout = self.layout
+        data, linear = staged(cross, self.data, jax.ShapeDtypeStruct((layout.size,), layout.dtype))
 
-        return Chain(self.data, cross, form, self.layout.blocks, self.layout.width)
+        def form(data):
+            return layout.matrix(jax.vmap(jax.vmap(linear, (None, 0)), (0, None))(data, layout.basis()))
+
+        return Chain(data, linear, form, layout.blocks, layout.width)
 
     # --- all steps ----------------------------------------------------------------------------------------------------
 

@@ -3,5 +3,6 @@
 from parscan.jaxprs.dependence import MIXED, Dependence, dependence
 from parscan.jaxprs.obstacles import has_effects, obstacle
 from parscan.jaxprs.program import Program, slice_spec, trace
+from parscan.jaxprs.staging import staged
 
-__all__ = ["MIXED", "Dependence", "Program", "dependence", "has_effects", "obstacle", "slice_spec", "trace"]
+__all__ = ["MIXED", "Dependence", "Program", "dependence", "has_effects", "obstacle", "slice_spec", "staged", "trace"]
