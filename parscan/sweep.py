@@ -9,7 +9,6 @@ action on a vector; whether it is ever written down, and for how many steps at o
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -25,14 +24,12 @@ from parscan.methods import Associative, Chunked, Method, Sequential, Tree, Walk
 class Chain(NamedTuple):
     """L linear maps on vectors of length n = blocks · width.
 
-    data: pytree with leading axis L, all that tells one map from another.
-    cross: (one entry of data, vector (n,)) -> vector (n,).
-    form: (entries of data, stacked) -> their Jacobians, stacked.
+    crossing: () -> (data with leading axis L, map of (one entry of data, vector (n,)) to vector (n,)).
+    forming: () -> (data with leading axis L, map of stacked entries of data to their Jacobians, stacked).
     """
 
-    data: Any
-    cross: Callable[[Any, Array], Array]
-    form: Callable[[Any], Jacobian]
+    crossing: Callable[[], tuple[Any, Callable[[Any, Array], Array]]]
+    forming: Callable[[], tuple[Any, Callable[[Any], Jacobian]]]
     blocks: int
     width: int
 
@@ -54,7 +51,8 @@ def sweep(chain: Chain, start: Array, offsets: Array, method: Method, *, reverse
         return offsets
     match method:
         case Sequential():
-            return prefix.walk((chain.data, offsets), start, partial(_cross, chain), reverse=reverse)
+            data, cross = chain.crossing()
+            return prefix.walk((data, offsets), start, lambda step, v: cross(step[0], v) + step[1], reverse=reverse)
         case Walk(segment=segment):
             return _walk(chain, start, offsets, segment or offsets.shape[0], reverse)
         case Tree():
@@ -66,22 +64,18 @@ def sweep(chain: Chain, start: Array, offsets: Array, method: Method, *, reverse
     raise TypeError(f"no journey by {method!r}")
 
 
-def _cross(chain: Chain, step: tuple[Any, Array], vector: Array) -> Array:
-    data, offset = step
-    return chain.cross(data, vector) + offset
-
-
 def _formed(chain: Chain, offsets: Array) -> Affine:
-    return Affine(chain.form(chain.data), None, offsets)
+    data, form = chain.forming()
+    return Affine(form(data), None, offsets)
 
 
 def _walk(chain: Chain, start: Array, offsets: Array, segment: int, reverse: bool) -> Array:
     """Segments one after another; in each, Jacobians formed together and walked. A shorter one at the end of the chain."""
-    count = offsets.shape[0]
-    steps = (chain.data, offsets)
+    count, (data, form) = offsets.shape[0], chain.forming()
+    steps = (data, offsets)
 
     def cross_segment(vector, some):
-        values = prefix.walk(Affine(chain.form(some[0]), None, some[1]), vector, affine.apply, reverse=reverse)
+        values = prefix.walk(Affine(form(some[0]), None, some[1]), vector, affine.apply, reverse=reverse)
         return values[0 if reverse else -1], values
 
     whole = count // segment * segment
@@ -101,6 +95,7 @@ def _walk(chain: Chain, start: Array, offsets: Array, segment: int, reverse: boo
 
 def _chunked(chain: Chain, start: Array, offsets: Array, size: int, levels: int | None, reverse: bool) -> Array:
     """fold -> scan -> unfold. A chunk's map grows by pushing its columns through the next step, rescaled every time."""
+    data, one = chain.crossing()
     blocks, width = chain.blocks, chain.width
     kind = kind_of(blocks, width)
     basis = jnp.tile(jnp.eye(width, dtype=offsets.dtype), (1, blocks))
@@ -112,20 +107,19 @@ def _chunked(chain: Chain, start: Array, offsets: Array, size: int, levels: int 
 
     def extend(step, maps):
         data, offset = step
-        columns = jax.vmap(jax.vmap(chain.cross, (None, 0)))(data, maps.matrix.columns)
+        columns = jax.vmap(jax.vmap(one, (None, 0)))(data, maps.matrix.columns)
         matrix, exponent = affine.renormalised(_Columns(columns), maps.exponent)
-        return Affine(matrix, exponent, jax.vmap(chain.cross)(data, maps.offset) + offset)
+        return Affine(matrix, exponent, jax.vmap(one)(data, maps.offset) + offset)
 
     def cross(step, vector):
         data, offset = step
-        many = offset.ndim == 2
-        return (jax.vmap(chain.cross) if many else chain.cross)(data, vector) + offset
+        return (jax.vmap(one) if offset.ndim == 2 else one)(data, vector) + offset
 
     def through(maps, start):
         explicit = Affine(kind.from_columns(maps.matrix.columns), maps.exponent, maps.offset)
         return prefix.tree(explicit, start, affine.apply, affine.then, reverse=reverse, levels=levels)
 
-    return prefix.chunked((chain.data, offsets), start, size=size, identity=identity, extend=extend, cross=cross, through=through, reverse=reverse)
+    return prefix.chunked((data, offsets), start, size=size, identity=identity, extend=extend, cross=cross, through=through, reverse=reverse)
 
 
 @jax.tree_util.register_pytree_node_class

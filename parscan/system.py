@@ -23,7 +23,7 @@ from jax import Array, lax
 
 from parscan import prefix
 from parscan.checks import is_inexact
-from parscan.jaxprs import Program, staged
+from parscan.jaxprs import Program, flops, staged
 from parscan.methods import Method
 from parscan.structure import Layout
 from parscan.sweep import Chain, sweep
@@ -103,16 +103,22 @@ class Linearised(NamedTuple):
         _, back = jax.vjp(lambda s: self.step(data, consts, s, x)[0], state)
         return self.layout.to_vector(back(self.layout.from_vector(vector))[0])
 
-    def chain(self, cross: Callable[[Any, Array], Array]) -> Chain:
-        """The steps as linear maps: `cross` is `push` or `pull`."""
-
+    def chain(self, *, transposed: bool) -> Chain:
+        """The steps as linear maps: their Jacobians, or the transposes."""
         layout = self.layout
-        data, linear = staged(cross, self.data, jax.ShapeDtypeStruct((layout.size,), layout.dtype))
+        vector = jax.ShapeDtypeStruct((layout.size,), layout.dtype)
 
-        def form(data):
-            return layout.matrix(jax.vmap(jax.vmap(linear, (None, 0)), (0, None))(data, layout.basis()))
+        def forming(transposed):
+            data, linear = staged(self.pull if transposed else self.push, self.data, vector)
+            return data, lambda data: layout.matrix(jax.vmap(jax.vmap(linear, (None, 0)), (0, None))(data, layout.basis()))
 
-        return Chain(data, linear, form, layout.blocks, layout.width)
+        def cheaper():
+            """Rows or columns: a weight meets the basis before it meets anything of the step from one side only, and then once for all."""
+            ways = [(way, *forming(way)) for way in (transposed, not transposed)]
+            way, data, form = min(ways, key=lambda way: flops(jax.make_jaxpr(way[2])(way[1])))
+            return data, form if way == transposed else lambda data: form(data).transpose()
+
+        return Chain(lambda: staged(self.pull if transposed else self.push, self.data, vector), cheaper, layout.blocks, layout.width)
 
     # --- all steps ----------------------------------------------------------------------------------------------------
 
@@ -196,7 +202,7 @@ def _solve(at: Linearised, r: Unknowns) -> Unknowns:
     start, offsets = prefix.first(r.states, at.reverse), prefix.leaving(r.states, at.reverse)
     if at.active_consts or at.active_xs:
         offsets = offsets + at.push_inputs(r.consts, r.xs)
-    values = sweep(at.chain(at.push), start, offsets, at.method, reverse=at.reverse)
+    values = sweep(at.chain(transposed=False), start, offsets, at.method, reverse=at.reverse)
     states = prefix.boundaries(start, values, at.reverse)
     ys = r.ys
     if at.active_ys:
@@ -211,7 +217,7 @@ def _solve_transposed(at: Linearised, c: Unknowns) -> Unknowns:
     start, offsets = prefix.first(c.states, back), prefix.leaving(c.states, back)
     if at.active_ys:
         offsets = offsets + at.pull_outputs(c.ys)
-    values = sweep(at.chain(at.pull), start, offsets, at.method, reverse=back)
+    values = sweep(at.chain(transposed=True), start, offsets, at.method, reverse=back)
     states = prefix.boundaries(start, values, back)
     consts, xs = c.consts, c.xs
     if at.active_consts or at.active_xs:

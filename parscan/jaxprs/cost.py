@@ -1,0 +1,27 @@
+"""Arithmetic of a program, counted from its equations."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from parscan.jaxprs.program import AnyJaxpr, open_jaxpr, sub_jaxprs
+
+
+def flops(jaxpr: AnyJaxpr) -> int:
+    """Floating-point operations: two for each multiply-add of a product, one for each element of anything else that computes."""
+    return sum(_of(eqn) for eqn in open_jaxpr(jaxpr).eqns)
+
+
+_MOVES = frozenset("broadcast_in_dim reshape transpose squeeze slice concatenate convert_element_type copy copy_p pad rev iota".split())
+
+
+def _of(eqn: Any) -> int:
+    inner = list(sub_jaxprs(list(eqn.params.values())))
+    if inner:
+        return max(map(flops, inner)) * eqn.params.get("length", 1)
+    size = sum(math.prod(v.aval.shape) for v in eqn.outvars if hasattr(v.aval, "shape"))
+    if eqn.primitive.name == "dot_general":
+        (contracted, _), _ = eqn.params["dimension_numbers"]
+        return 2 * size * math.prod(eqn.invars[0].aval.shape[d] for d in contracted)
+    return 0 if eqn.primitive.name in _MOVES else size
