@@ -1,4 +1,46 @@
+"""parscan: the backward pass of a long chain, in parallel.
+
+A chain of maps `h_i = f(θ_i, h_{i-1})`, i = 1 … L (time steps of a recurrence, layers of a network). With the Jacobians
+`J_i = ∂f/∂h_{i-1}` at the stored states and a cotangent `c_i` injected at each of them,
+
+    g_L = c_L,    g_{i-1} = J_iᵀ g_i + c_{i-1},    ∂loss/∂θ_i = (∂f/∂θ_i)ᵀ g_i.
+
+The J_i are independent of one another, and affine maps compose associatively: the g_i come out of a parallel prefix in depth
+O(log L) instead of L. Notation used throughout: L steps; n coordinates of the state, in B blocks of width m that never mix;
+*tangents* travel with the chain, *cotangents* against it; a value *enters* and *leaves* each map.
+
+Public names: `scan`, `chain`, `forward`, `parallel_backward`, `linear_scan`, `plan`; the methods `Lax`, `Sequential`, `Walk`, `Associative`,
+`Tree`, `Chunked`; the claim `Blocks`; the Jacobian kinds `Dense`, `Diagonal`, `BlockDiagonal`; the results `Gradients`, `Plan`.
+"""
+
+from parscan.backward import Gradients, parallel_backward
 from parscan.jacobians import BlockDiagonal, Dense, Diagonal
-from parscan.methods import Associative, Chunked, Lax, Sequential, Tree, Walk
-from parscan.recurrence import scan
+from parscan.linear import linear_scan
+from parscan.methods import Associative, Chunked, Lax, Method, Sequential, Tree, Walk
+from parscan.planning import Plan
+from parscan.recurrence import chain, forward, plan, scan
 from parscan.structure import Blocks
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Associative",
+    "BlockDiagonal",
+    "Blocks",
+    "Chunked",
+    "Dense",
+    "Diagonal",
+    "Gradients",
+    "Lax",
+    "Method",
+    "Plan",
+    "Sequential",
+    "Tree",
+    "Walk",
+    "chain",
+    "forward",
+    "linear_scan",
+    "parallel_backward",
+    "plan",
+    "scan",
+]

@@ -121,7 +121,7 @@ class BlockDiagonal:
     def apply(self, vector: Array) -> Array:
         """J v; vector (..., n)."""
         product = _dot(self.blocks, self._split(vector))
-        return product.reshape(*product.shape[:-2], -1)
+        return product.reshape(*product.shape[:-2], self.size)
 
     def transpose(self) -> BlockDiagonal:
         """Jᵀ."""
@@ -134,7 +134,7 @@ class BlockDiagonal:
     def balanced(self, rows: Array | None = None) -> tuple[BlockDiagonal, Array]:
         """2^rows · J as a mantissa and one exponent a column; rows and exponents int32 (..., n)."""
         mantissa, exponent = _balanced(self.blocks, None if rows is None else self._split(rows))
-        return BlockDiagonal(mantissa), exponent.reshape(*exponent.shape[:-2], -1)
+        return BlockDiagonal(mantissa), exponent.reshape(*exponent.shape[:-2], self.size)
 
     def to_dense(self) -> Array:
         """The full matrix, (..., n, n)."""

@@ -29,7 +29,7 @@ class Plan:
 
     Example:
         >>> parscan.plan(f, init, xs).method  # doctest: +SKIP
-        Walk(segment=64)
+        Walk(segment=128)
     """
 
     kind: str
@@ -42,7 +42,7 @@ class Plan:
         return hash((self.kind, tuple(self.blocks.items()), self.method, self.reason, self.length))
 
 
-SEGMENT = 64  # steps whose Jacobians a walk forms at once
+SEGMENT = 128  # steps whose Jacobians a walk forms at once
 CPU_STATE = 1024  # B·n² up to which forming and walking beats a loop on a CPU
 ACCELERATOR_STATE = 2**18  # B·n² up to which chunk matrices are worth their products on an accelerator
 

@@ -9,14 +9,15 @@ from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
-from jax import Array, lax
+from jax import lax
 from jax.custom_derivatives import SymbolicZero, zero_from_primal
 
 from parscan import checks, prefix, system
 from parscan.jaxprs import Program, slice_spec, trace
 from parscan.methods import Lax, Method, parse_method
 from parscan.planning import Plan, plan_for
-from parscan.structure import Layout, parse_structure
+from parscan.stacking import check_state, split_params
+from parscan.structure import Claim, Layout, parse_structure
 
 Carry = TypeVar("Carry")
 X = TypeVar("X")
@@ -92,7 +93,7 @@ def _derivative(spec: Recurrence, primals: tuple, tangents: tuple) -> tuple[tupl
         rest = iter(floats)
         return [next(rest) if checks.is_inexact(h) else zero_from_primal(h, symbolic_zeros=True) for h in like]
 
-    from_states = partial(_tangent_leaves, spec.layout)
+    from_states = spec.layout.from_vector
     final_dot = scattered(final, from_states(prefix.first(solved.states, not spec.reverse)))
     entering_dot = scattered(entering, from_states(prefix.entering(solved.states, spec.reverse)))
     leaving_dot = scattered(entering, from_states(prefix.leaving(solved.states, spec.reverse)))
@@ -102,10 +103,6 @@ def _derivative(spec: Recurrence, primals: tuple, tangents: tuple) -> tuple[tupl
         for i, (y, source) in enumerate(zip(ys, forwarded, strict=True))
     ]
     return (final, ys, entering), (final_dot, ys_dot, entering_dot)
-
-
-def _tangent_leaves(layout: Layout, vector: Array) -> list[Array]:
-    return layout.from_vector(vector)
 
 
 def _active(tangents: Sequence[Any]) -> tuple[int, ...]:
@@ -124,12 +121,12 @@ _run_compiled = jax.jit(_run, static_argnums=0)
 _run_stored_compiled = jax.jit(_run_stored, static_argnums=0)
 
 
-# --- public ------------------------------------------------------------------------------------------------------------
+# --- tracing and planning ---------------------------------------------------------------------------------------------
 
 
 @dataclass
 class _Traced:
-    """A scan whose function has been traced and planned."""
+    """A scan whose function has been traced and planned. `spec` is None if it is left to JAX."""
 
     spec: Recurrence | None
     plan: Plan
@@ -138,41 +135,43 @@ class _Traced:
     xs: list
     out_tree: Any
 
-    @classmethod
-    def of(cls, f, init, xs, length, reverse, unroll, method, structure) -> _Traced | None:
-        """None where `lax.scan` would raise: let it."""
-        leaves = jax.tree.leaves(xs)
-        if not all(hasattr(x, "shape") and x.ndim for x in leaves):
+
+def _traced(f: Callable, init: Any, xs: Any, length: int | None, reverse: bool, unroll: int | bool, method: Method | None, claim: Claim | None) -> _Traced | None:
+    """None where `lax.scan` would raise: let it, in its own words."""
+    leaves = jax.tree.leaves(xs)
+    if not all(hasattr(x, "shape") and x.ndim for x in leaves):
+        return None
+    lengths = {x.shape[0] for x in leaves} | ({length} if length is not None else set())
+    if len(lengths) != 1:
+        return None
+    (count,) = lengths
+    specs = jax.tree.map(slice_spec, xs)
+    flat, tree = jax.tree.flatten(init)
+    promoted = True
+    while promoted:  # at most twice: a weakly typed carry takes the type that comes out, as in lax.scan
+        program, consts, out = trace(lambda _, h, x: f(h, x), (), jax.tree.unflatten(tree, flat), specs)
+        if not isinstance(out, tuple) or len(out) != 2 or jax.tree.structure(out[0]) != tree:
             return None
-        lengths = {x.shape[0] for x in leaves} | ({length} if length is not None else set())
-        if len(lengths) != 1:
-            return None
-        (count,) = lengths
-        specs = jax.tree.map(slice_spec, xs)
-        flat, tree = jax.tree.flatten(init)
-        for _ in range(2):  # a weakly typed carry takes the type that comes out, as in lax.scan
-            program, consts, out = trace(f, jax.tree.unflatten(tree, flat), specs)
-            if not isinstance(out, tuple) or len(out) != 2 or jax.tree.structure(out[0]) != tree:
-                return None
-            flat, promoted = _promoted(flat, program)
-            if not promoted:
-                break
-        news, olds = program.out_avals[0], program.avals[1]
-        if any((a.shape, a.dtype) != (b.shape, b.dtype) for a, b in zip(news, olds, strict=True)):
-            return None
-        plan, layout = plan_for(program, count, method, structure, fallback=Lax())
-        handed_over = layout is None or isinstance(plan.method, Lax)
-        spec = None if handed_over else Recurrence(program, layout, plan.method, bool(reverse), count, unroll)
-        return cls(spec, plan, consts, flat, leaves, jax.tree.structure(out))
+        flat, promoted = _promoted(flat, program)
+    if any((a.shape, a.dtype) != (b.shape, b.dtype) for a, b in zip(program.out_avals[0], program.avals[1], strict=True)):
+        return None
+    plan, layout = plan_for(program, count, method, claim, fallback=Lax())
+    handed_over = layout is None or isinstance(plan.method, Lax)
+    spec = None if handed_over else Recurrence(program, layout, plan.method, bool(reverse), count, unroll)
+    return _Traced(spec, plan, consts, flat, leaves, jax.tree.structure(out))
 
 
 def _promoted(flat: list, program: Program) -> tuple[list, bool]:
+    """Weakly typed leaves in the strong dtype that the step gives them, and whether there were any."""
     done, changed = [], False
     for leaf, old, new in zip(flat, program.avals[1], program.out_avals[0], strict=True):
         if getattr(old, "weak_type", False) and (old.dtype != new.dtype or not new.weak_type):
-            leaf, changed = lax.convert_element_type(leaf, new.dtype), True
+            leaf, changed = lax.convert_element_type(jnp.asarray(leaf), new.dtype), True
         done.append(leaf)
     return done, changed
+
+
+# --- public ------------------------------------------------------------------------------------------------------------
 
 
 def scan(
@@ -187,13 +186,168 @@ def scan(
     method: Method | str = "auto",
     structure: Any = "auto",
 ) -> tuple[Carry, Y]:
-    """`jax.lax.scan` with a parallel backward pass."""
-    method_, claim = parse_method(method), parse_structure(structure)
-    hand_over = partial(lax.scan, f, init, xs, length, reverse, unroll, _split_transpose)
-    if isinstance(method_, Lax):
-        return hand_over()
-    traced = _Traced.of(f, init, xs, length, reverse, unroll, method_, claim)
+    """`jax.lax.scan` with a parallel backward pass: same arguments, same results, same derivatives of every order.
+
+    The forward loop stays `lax.scan`. What cannot be differentiated in parallel (a `custom_vjp` inside f, a collective over a named
+    axis, an effect, a mutable reference, a complex carry), and what would not pay, is left to `lax.scan` altogether;
+    `parscan.plan` says which, and why.
+
+    Args:
+        f: (carry, x) -> (carry, y), as for `lax.scan`; traced once, twice if the carry is weakly typed, once more if it is left to JAX.
+        init: pytree of arrays, any shapes and dtypes; only its floating-point leaves are differentiated.
+        xs: pytree of arrays with a common leading axis L, or None.
+        length: L, needed if xs is None.
+        reverse: from the last x to the first.
+        unroll: passed on to the forward loop.
+        _split_transpose: passed on where the scan is left to JAX.
+        method: `"auto"` or how to travel: `Lax`, `Sequential`, `Walk`, `Associative`, `Tree`, `Chunked`, as values or lower-case names.
+        structure: `"auto"` proves which coordinates of the carry never mix; or a claim, taken at its word: `"dense"`, `"diagonal"`, `Blocks(...)`.
+
+    Returns:
+        the final carry, and the ys stacked on a leading axis L.
+
+    Raises:
+        ValueError: unknown method or structure; a claim that does not fit; a parallel method for an f that has none (the
+            equation is named). Everything that `lax.scan` raises, in its words.
+
+    Example:
+        >>> def rnn(h, x):
+        ...     h = jnp.tanh(0.5 * h + x)
+        ...     return h, h
+        >>> loss = lambda h: parscan.scan(rnn, h, jnp.ones((100, 4)))[1].sum()
+        >>> jax.grad(loss)(jnp.zeros(4)).shape
+        (4,)
+    """
+    parsed, claim = parse_method(method), parse_structure(structure)
+    traced = None if isinstance(parsed, Lax) else _traced(f, init, xs, length, reverse, unroll, parsed, claim)
     if traced is None or traced.spec is None:
-        return hand_over()
+        return lax.scan(f, init, xs, length, reverse, unroll, _split_transpose)
     final, ys = _run_compiled(traced.spec, traced.consts, traced.init, traced.xs)
     return jax.tree.unflatten(traced.out_tree, [*final, *ys])
+
+
+def plan(
+    f: Callable[[Carry, X], tuple[Carry, Y]],
+    init: Carry,
+    xs: X | None = None,
+    length: int | None = None,
+    reverse: bool = False,
+    *,
+    method: Method | str = "auto",
+    structure: Any = "auto",
+) -> Plan:
+    """What `scan` would do with these arguments, and why, without running anything.
+
+    Args:
+        f, init, xs, length, reverse, method, structure: as for `scan`; arrays may be `jax.ShapeDtypeStruct`s.
+
+    Returns:
+        the kind of the Jacobians, their blocks, the method with its sizes, the reason.
+
+    Raises:
+        ValueError: whatever `scan` raises for these arguments.
+
+    Example:
+        >>> def f(h, x):
+        ...     return jnp.tanh(h @ jnp.ones((8, 8)) + x), None
+        >>> parscan.plan(f, jnp.zeros((32, 8)), jnp.ones((1000, 8))).blocks
+        {8: 32}
+    """
+    parsed, claim = parse_method(method), parse_structure(structure)
+    traced = _traced(f, init, xs, length, reverse, 1, parsed, claim)
+    if traced is None:
+        jax.eval_shape(lambda init, xs: lax.scan(f, init, xs, length, reverse), init, xs)
+        raise ValueError("`lax.scan` accepts these arguments, but parscan cannot read them; it leaves them to `lax.scan`.")
+    return traced.plan
+
+
+def forward(
+    layer: Callable[[Any, Carry], Carry],
+    params: Any,
+    x: Carry,
+    *,
+    params_axes: Any = 0,
+    length: int | None = None,
+    method: Method | str = "auto",
+    structure: Any = "auto",
+) -> tuple[Carry, Any]:
+    """Runs a chain of layers and keeps every activation; differentiable, with the same parallel rule.
+
+    Args:
+        layer: (params_i, h) -> h; the state keeps its structure, shapes and dtypes.
+        params: pytree, leaves stacked on a leading axis L or shared.
+        x: h_0, pytree of arrays.
+        params_axes: prefix of `params`: 0 for stacked, None for shared by all layers.
+        length: L, needed if all parameters are shared.
+        method, structure: as for `scan`.
+
+    Returns:
+        h_L, and the activations h_0 … h_L stacked on a leading axis L + 1.
+
+    Raises:
+        ValueError: parameters that are not stacked alike; unknown method or structure. TypeError: a layer that changes the state's type.
+
+    Example:
+        >>> y, activations = parscan.forward(lambda w, h: jnp.tanh(w * h), jnp.ones((10, 3)), jnp.ones(3))
+        >>> activations.shape
+        (11, 3)
+    """
+    parsed, claim = parse_method(method), parse_structure(structure)
+    stacked = split_params(params, params_axes, length)
+
+    def step(h, p):
+        new = layer(stacked.join(p), h)
+        return check_state(h, new), h
+
+    traced = None if isinstance(parsed, Lax) else _traced(lambda h, p: (step(h, p)[0], None), x, stacked.leaves, stacked.length, False, 1, parsed, claim)
+    if traced is None or traced.spec is None:
+        final, entering = lax.scan(step, x, stacked.leaves, stacked.length)
+        return final, jax.tree.map(lambda e, h: jnp.concatenate([e, h[None]]), entering, final)
+    final, _, entering = _run_stored_compiled(traced.spec, traced.consts, traced.init, traced.xs)
+    activations = _boundaries(final, entering, reverse=True)
+    tree = jax.tree.structure(x)
+    return jax.tree.unflatten(tree, final), jax.tree.unflatten(tree, activations)
+
+
+def chain(
+    layer: Callable[[Any, Carry], Carry],
+    *,
+    params_axes: Any = 0,
+    length: int | None = None,
+    return_activations: bool = False,
+    method: Method | str = "auto",
+    structure: Any = "auto",
+) -> Callable[[Any, Carry], Any]:
+    """A chain of layers as one differentiable function `apply(params, x)`.
+
+    Args:
+        layer: (params_i, h) -> h.
+        params_axes, length, method, structure: as for `forward`.
+        return_activations: give `(h_L, h_0 … h_L)` instead of h_L.
+
+    Returns:
+        apply(params, x): x is h_0, the result h_L, or with `return_activations` what `forward` returns.
+
+    Raises:
+        ValueError: unknown method or structure, at once; the rest when applied, as `forward` does.
+
+    Example:
+        >>> apply = parscan.chain(lambda w, h: h + jnp.tanh(h @ w))
+        >>> jax.grad(lambda w: apply(w, jnp.ones((4, 3))).sum())(jnp.ones((50, 3, 3))).shape
+        (50, 3, 3)
+    """
+    if not callable(layer):
+        raise TypeError(f"`layer` must be a callable (params_i, h) -> h; got {layer!r}.")
+    parsed, claim = parse_method(method), parse_structure(structure)
+
+    def apply(params, x):
+        if return_activations:
+            return forward(layer, params, x, params_axes=params_axes, length=length, method=method, structure=structure)
+        stacked = split_params(params, params_axes, length)
+
+        def step(h, p):
+            return check_state(h, layer(stacked.join(p), h)), None
+
+        return scan(step, x, stacked.leaves, stacked.length, method=parsed or "auto", structure=claim or "auto")[0]
+
+    return apply

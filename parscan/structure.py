@@ -136,7 +136,7 @@ class Layout:
         """Vectors (..., n) as state leaves (..., *shape), each in its own dtype."""
         lead, block = vector.shape[:-1], 0
         leaves: list[Any] = [jnp.zeros((*lead, *shape), dtype) for shape, dtype in zip(self.shapes, self.dtypes, strict=True)]
-        blocks = vector.reshape(*lead, -1, self._padded)
+        blocks = vector.reshape(*lead, sum(part.blocks for part in self.parts), self._padded)
         for part in self.parts:
             whole, start = blocks[..., block : block + part.blocks, :], 0
             for leaf, order, width in zip(part.leaves, part.orders, part.widths, strict=True):

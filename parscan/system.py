@@ -31,6 +31,9 @@ from parscan.sweep import Chain, sweep
 
 
 
+PIECES = 128  # partial sums for the cotangent of a shared constant
+
+
 class Unknowns(NamedTuple):
     """U, and likewise its cotangents: constants, inputs (leading axis L), states (L + 1, n), outputs (leading axis L)."""
 
@@ -147,20 +150,45 @@ class Linearised(NamedTuple):
         return self.layout.to_vector(jax.vmap(one)(self.data, ys))
 
     def pull_inputs(self, leaving: Array, ys: list[Array]) -> tuple[list[Array], list[Array]]:
-        """Cotangents of constants and inputs, from those of new states (vectors) and outputs."""
-        cotangents = (self.layout.from_vector(leaving), ys)
-        consts, states, xs = self.primal()
-        if not self.program.has_branches:
-            return jax.vjp(lambda c, x: self.all_steps(c, states, x), consts, xs)[1](cotangents)
+        """Cotangents of constants and inputs, from those of new states (vectors) and outputs.
 
-        # Batched steps turn a cond into a select of all branches. Transposing that multiplies what the branches not taken have
-        # stored, perhaps inf or NaN, by zero. Transposed step by step first, they are selected away: the sum comes last.
+        The cotangent of a shared constant is a sum over all steps. Taken at once it is a product with a tiny result and a huge inner
+        dimension, which GEMMs are slow at: it is taken by pieces, each a contraction over its steps, and summed.
+        """
+        cotangents = (self.layout.from_vector(leaving), ys)
+        count = leaving.shape[0]
+        pieces = self._pieces(count)
+
         def one(data, cotangents):
             consts, state, x = self.at(data)
             return jax.vjp(lambda c, x: self.step(data, c, state, x), consts, x)[1](cotangents)
 
-        consts, xs = jax.vmap(one)(self.data, cotangents)
+        def piece(data, cotangents):
+            consts, states, xs = self.at(data)
+            return jax.vjp(lambda c, x: jax.vmap(self.step, in_axes=(0, None, 0, 0))(data, c, states, x), consts, xs)[1](cotangents)
+
+        if pieces == count:
+            consts, xs = jax.vmap(one)(self.data, cotangents)
+        elif pieces == 1:
+            return piece(self.data, cotangents)
+        else:
+            cut = jax.tree.map(lambda leaf: leaf.reshape(pieces, count // pieces, *leaf.shape[1:]), (self.data, cotangents))
+            consts, xs = jax.vmap(piece)(*cut)
+            xs = jax.tree.map(lambda leaf: leaf.reshape(count, *leaf.shape[2:]), xs)
         return jax.tree.map(lambda c: c.sum(0), consts), xs
+
+    def _pieces(self, count: int) -> int:
+        """How many partial sums: none larger together than the states are, at most `PIECES`, and a divisor of the steps.
+
+        With a `cond` in the step, one for each step. Batched steps turn it into a select of all branches, and transposing
+        that multiplies what the branches not taken have stored, perhaps inf or NaN, by zero. Transposed step by step
+        first, they are selected away.
+        """
+        if self.program.has_branches:
+            return count
+        weights = sum(self.consts[i].size for i in self.active_consts)
+        most = min(PIECES, count * self.layout.size // max(weights, 1), count // 2) if weights else 1
+        return max((p for p in range(1, most + 1) if count % p == 0), default=1)
 
 
 def _filled(leaves: Sequence[Any], places: Sequence[int], values: Sequence[Any]) -> list[Any]:
@@ -197,7 +225,7 @@ def _tied(u: Unknowns, nothing: Array) -> Unknowns:
     return jax.tree.map(lambda leaf: leaf + nothing.astype(leaf.dtype), u)
 
 
-def _solve(at: Linearised, r: Unknowns) -> Unknowns:
+def solve(at: Linearised, r: Unknowns) -> Unknowns:
     """A⁻¹ r: tangents, along the chain."""
     start, offsets = prefix.first(r.states, at.reverse), prefix.leaving(r.states, at.reverse)
     if at.active_consts or at.active_xs:
@@ -211,7 +239,7 @@ def _solve(at: Linearised, r: Unknowns) -> Unknowns:
     return Unknowns(r.consts, r.xs, states, ys)
 
 
-def _solve_transposed(at: Linearised, c: Unknowns) -> Unknowns:
+def solve_transposed(at: Linearised, c: Unknowns) -> Unknowns:
     """A⁻ᵀ c: cotangents, against the chain, then one batched pull-back to constants and inputs."""
     back = not at.reverse
     start, offsets = prefix.first(c.states, back), prefix.leaving(c.states, back)
@@ -229,7 +257,7 @@ def _solve_transposed(at: Linearised, c: Unknowns) -> Unknowns:
 def tangents(at: Linearised, r: Unknowns) -> Unknowns:
     """Solves A U = r: forward mode, differentiable to any order, transposed by JAX into `cotangents`."""
     return lax.custom_linear_solve(
-        partial(_apply, at), _tied(r, _nothing(r)), lambda _, r: _solve(at, r), transpose_solve=lambda _, c: _solve_transposed(at, c)
+        partial(_apply, at), _tied(r, _nothing(r)), lambda _, r: solve(at, r), transpose_solve=lambda _, c: solve_transposed(at, c)
     )
 
 
@@ -237,7 +265,7 @@ def cotangents(at: Linearised, c: Unknowns) -> Unknowns:
     """Solves Aᵀ W = c: reverse mode, differentiable to any order."""
     transposed = jax.linear_transpose(partial(_apply, at), c)
     return lax.custom_linear_solve(
-        lambda w: transposed(w)[0], _tied(c, _nothing(c)), lambda _, c: _solve_transposed(at, c), transpose_solve=lambda _, r: _solve(at, r)
+        lambda w: transposed(w)[0], _tied(c, _nothing(c)), lambda _, c: solve_transposed(at, c), transpose_solve=lambda _, r: solve(at, r)
     )
 
 

@@ -85,20 +85,20 @@ class Program:
         return any(eqn.primitive.name == "cond" for eqn in equations(self.jaxpr))
 
 
-def trace(f: Callable, carry: Any, x: Any) -> tuple[Program, list[Any], Any]:
-    """Traces `f(carry, x)` once.
+def trace(f: Callable, consts: Any, carry: Any, x: Any) -> tuple[Program, list[Any], Any]:
+    """Traces `f(consts, carry, x)` once.
 
     Args:
-        f: any function of two pytrees.
-        carry, x: arrays, tracers or `ShapeDtypeStruct`s.
+        f: any function of three pytrees.
+        consts, carry, x: arrays, tracers or `ShapeDtypeStruct`s.
 
     Returns:
-        the program, the values it closes over (its `consts`), and the pytree of its outputs' `ShapeDtypeStruct`s.
-        `num_carry` counts the leaves of `carry`.
+        the program; its constants: the values that f closes over, then the leaves of `consts`; and the pytree of its outputs'
+        `ShapeDtypeStruct`s.
     """
-    closed, out = jax.make_jaxpr(f, return_shape=True)(carry, x)
-    consts = list(closed.consts)
-    return Program(closed, len(consts), len(jax.tree.leaves(carry))), consts, out
+    closed, out = jax.make_jaxpr(f, return_shape=True)(consts, carry, x)
+    values = [*closed.consts, *jax.tree.leaves(consts)]
+    return Program(closed, len(values), len(jax.tree.leaves(carry))), values, out
 
 
 def slice_spec(leaf: Any) -> jax.ShapeDtypeStruct:

@@ -1,0 +1,116 @@
+"""`linear_scan`: the recurrence whose matrices are given."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+
+from parscan import checks, prefix
+from parscan.jacobians import BlockDiagonal, Dense, Diagonal, Jacobian
+from parscan.methods import Chunked, Lax, Method, Sequential, Tree, Walk, parse_method
+from parscan.sweep import Chain, sweep
+
+_RANK = {Dense: 2, Diagonal: 1, BlockDiagonal: 3}
+
+
+def linear_scan(A: Jacobian, b: Array, h0: Array, *, reverse: bool = False, method: Method | str = "auto") -> Array:
+    """h_i = A_i h_{i-1} + b_i, all i in parallel; differentiable in A, b and h0, in parallel again.
+
+    Args:
+        A: `Dense` of (L, n, n), `Diagonal` of (L, n) or `BlockDiagonal` of (L, b, m, m) with b·m = n; without the leading L, one
+            map shared by all steps.
+        b: real floating-point (L, n).
+        h0: real floating-point (n,), the value before the first step (after the last one if `reverse`).
+        reverse: h_i = A_i h_{i+1} + b_i instead.
+        method: `"auto"` (a walk on a CPU, a tree elsewhere), or as for `scan`.
+
+    Returns:
+        (L, n), of the dtype A, b and h0 promote to: h_1 … h_L (h_0 … h_{L-1} in reverse, where h_L is the start).
+
+    Raises:
+        TypeError: A is no Jacobian kind; complex or integer arrays. ValueError: shapes that do not fit; an unknown method.
+
+    Example:
+        >>> parscan.linear_scan(parscan.Diagonal(jnp.full((4, 1), 0.5)), jnp.ones((4, 1)), jnp.zeros(1)).ravel()
+        Array([1.   , 1.5  , 1.75 , 1.875], dtype=float32)
+    """
+    parsed = parse_method(method)
+    A, b, h0 = _checked(A, b, h0)
+    if isinstance(parsed, Lax):
+        data, cross = _entries(A, b.shape[0])
+        return prefix.walk((data, b), h0, lambda step, h: cross(step[0], h) + step[1], reverse=reverse)
+    return _solved(_sized(parsed, A, b.shape[0]), reverse, A, b, h0)
+
+
+@partial(jax.jit, static_argnums=(0, 1))
+def _solved(method: Method, reverse: bool, A: Jacobian, b: Array, h0: Array) -> Array:
+    count = b.shape[0]
+
+    def apply(h):
+        data, cross = _entries(A, count)
+        new = jax.vmap(cross)(data, prefix.entering(h, reverse))
+        return prefix.boundaries(prefix.first(h, reverse), prefix.leaving(h, reverse) - new, reverse)
+
+    def solve(transposed, r):
+        back = reverse != transposed
+        start = prefix.first(r, back)
+        values = sweep(_chain(A.transpose() if transposed else A, count), start, prefix.leaving(r, back), method, reverse=back)
+        return prefix.boundaries(start, values, back)
+
+    h = lax.custom_linear_solve(apply, prefix.boundaries(h0, b, reverse), lambda _, r: solve(False, r), transpose_solve=lambda _, c: solve(True, c))
+    return prefix.leaving(h, reverse)
+
+
+def _entries(A: Jacobian, count: int) -> tuple[Any, Any]:
+    """The maps one by one: (data with leading axis L, (one entry, vector) -> vector)."""
+    if _is_shared(A):
+        return jnp.zeros((count, 0)), lambda _, v: A.apply(v)
+    return A, lambda one, v: one.apply(v)
+
+
+def _chain(A: Jacobian, count: int) -> Chain:
+    def forming():
+        if _is_shared(A):
+            return jnp.zeros((count, 0)), lambda data: jax.tree.map(lambda x: jnp.broadcast_to(x, (data.shape[0], *x.shape)), A)
+        return A, lambda some: some
+
+    blocks, width = (A.size, 1) if isinstance(A, Diagonal) else (1, A.size) if isinstance(A, Dense) else A.blocks.shape[-3:-1]
+    return Chain(lambda: _entries(A, count), forming, blocks, width)
+
+
+def _is_shared(A: Jacobian) -> bool:
+    return jax.tree.leaves(A)[0].ndim == _RANK[type(A)]
+
+
+def _sized(method: Method | None, A: Jacobian, count: int) -> Method:
+    """There is nothing to form, so a walk needs no segments."""
+    match method:
+        case None:
+            return Walk(max(count, 1)) if jax.default_backend() == "cpu" else Tree()
+        case Walk(segment=None) | Sequential():
+            return Walk(max(count, 1))
+        case Chunked(size=None, levels=levels):
+            return Chunked(8, levels)
+    return method
+
+
+def _checked(A: Any, b: Any, h0: Any) -> tuple[Jacobian, Array, Array]:
+    if type(A) not in _RANK:
+        raise TypeError(f"`A` must be parscan.Dense(...), parscan.Diagonal(...) or parscan.BlockDiagonal(...); got {type(A).__name__}. Wrap the array, e.g. parscan.Dense(A).")
+    (leaf,) = jax.tree.leaves(A)
+    for name, x in (("A", leaf), ("b", b), ("h0", h0)):
+        if not checks.is_inexact(x) or checks.is_complex(x):
+            raise TypeError(f"`{name}` must be real floating-point; got {checks.describe(x)}. Cast integers; split complex numbers into real and imaginary parts.")
+    rank, shape = _RANK[type(A)], checks.shape_of(leaf)
+    n = A.size if len(shape) in (rank, rank + 1) else None
+    square = rank == 1 or shape[-1:] == shape[-2:-1]
+    fits = n is not None and square and checks.shape_of(b)[1:] == (n,) and checks.shape_of(h0) == (n,) and (len(shape) == rank or shape[:1] == checks.shape_of(b)[:1])
+    if not fits:
+        needs = {Dense: "(L, n, n) or (n, n)", Diagonal: "(L, n) or (n,)", BlockDiagonal: "(L, b, m, m) or (b, m, m), n = b·m"}[type(A)]
+        raise ValueError(f"`A`, `b`, `h0` must have the shapes {needs}, (L, n), (n,); got {shape}, {checks.shape_of(b)}, {checks.shape_of(h0)}. For a batch, use jax.vmap.")
+    dtype = jnp.result_type(leaf, b, h0)
+    return jax.tree.map(lambda x: jnp.asarray(x, dtype), A), jnp.asarray(b, dtype), jnp.asarray(h0, dtype)
