@@ -1,0 +1,182 @@
+"""What the tests share: one comparison, one table of tolerances, one set of chains, one way to look for loops in a program."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+import parscan
+
+TOLERANCE = {"float32": 1e-4, "float64": 1e-10}
+METHODS: dict[str, Any] = {
+    "lax": parscan.Lax(),
+    "sequential": parscan.Sequential(),
+    "walk": parscan.Walk(),
+    "associative": parscan.Associative(),
+    "tree": parscan.Tree(),
+    "chunked": parscan.Chunked(),
+}
+LOG_DEPTH = {"tree": parscan.Tree(), "chunked": parscan.Chunked(8), "associative": parscan.Associative()}
+KINDS = {"Dense": parscan.Dense, "BlockDiagonal": parscan.BlockDiagonal, "Diagonal": parscan.Diagonal}
+
+
+def gap(got: Any, want: Any) -> float:
+    """The largest norm-relative difference of two pytrees' leaves; exact zeros must be zeros, NaN is never close."""
+
+    def one(g, w):
+        g, w = np.asarray(g, np.float64), np.asarray(w, np.float64)
+        assert g.shape == w.shape, (g.shape, w.shape)
+        scale = np.linalg.norm(w)
+        difference = np.linalg.norm(g - w)
+        return difference / scale if scale else difference
+
+    got, want = jax.tree.leaves(got), jax.tree.leaves(want)
+    assert len(got) == len(want), (len(got), len(want))
+    gaps = [one(g, w) for g, w in zip(got, want, strict=True)]
+    assert not any(np.isnan(gaps)), "not a number"
+    return max(gaps, default=0.0)
+
+
+def assert_close(got: Any, want: Any, tolerance: float) -> None:
+    found = gap(got, want)
+    assert found <= tolerance, f"norm-relative gap {found:.2e} > {tolerance:.0e}"
+
+
+# --- chains with Jacobians that do not commute, near enough to isometries that no gradient vanishes over 1000 steps -----------
+
+
+class Chain(NamedTuple):
+    layer: Any
+    params: Any
+    x: Any
+    params_axes: Any
+
+
+@functools.cache
+def make_chain(kind: str, length: int, dtype: str, seed: int = 0) -> Chain:
+    """A chain of `length` layers whose Jacobians are of that kind; a bias is shared by all layers."""
+    random = np.random.default_rng(seed)
+    n = 4
+    shape = {"Dense": (n,), "BlockDiagonal": (3, n), "Diagonal": (5,)}[kind]
+    if kind == "Diagonal":
+        weights = random.choice([-1.0, 1.0], (length, 5)) * np.exp(0.02 * random.standard_normal((length, 5)))
+    else:
+        weights = np.linalg.qr(random.standard_normal((length, n, n)))[0] if length else np.zeros((0, n, n))
+    params = {"w": jnp.asarray(weights, dtype), "b": jnp.asarray(0.3 * random.standard_normal(shape[-1]), dtype)}
+
+    def layer(p, h):
+        turned = p["w"] * h if kind == "Diagonal" else h @ p["w"]
+        return turned + 0.01 * jnp.sin(h + p["b"])
+
+    return Chain(layer, params, jnp.asarray(random.standard_normal(shape), dtype), {"w": 0, "b": None})
+
+
+@functools.cache
+def make_cotangents(kind: str, length: int, dtype: str, everywhere: bool) -> tuple[Any, Any]:
+    """(cotangent at the end, cotangents at every layer or None)."""
+    random = np.random.default_rng(1)
+    shape = make_chain(kind, length, dtype).x.shape
+    end = jnp.asarray(random.standard_normal(shape), dtype)
+    return end, jnp.asarray(random.standard_normal((length + 1, *shape)), dtype) if everywhere else None
+
+
+def loop_activations(chain: Chain, params: Any, x: Any, nudges: Any) -> Any:
+    """h_0 … h_L of a plain Python loop, every activation nudged: the derivative in a nudge is the accumulated gradient."""
+    states = [x + nudges[0]]
+    for i in range(nudges.shape[0] - 1):
+        states.append(chain.layer({"w": params["w"][i], "b": params["b"]}, states[-1]) + nudges[i + 1])
+    return jnp.stack(states)
+
+
+def scan_activations(chain: Chain, params: Any, x: Any, nudges: Any) -> Any:
+    """The same by `lax.scan`."""
+
+    def step(h, one):
+        w, nudge = one
+        h = chain.layer({"w": w, "b": params["b"]}, h) + nudge
+        return h, h
+
+    first = x + nudges[0]
+    return jnp.concatenate([first[None], lax.scan(step, first, (params["w"], nudges[1:]))[1]])
+
+
+def reference(activations: Any, chain: Chain, end: Any, everywhere: Any) -> tuple[Any, Any]:
+    """Gradients in params and in every activation, by `jax.grad` of a sequential program."""
+    length = chain.params["w"].shape[0]
+
+    def loss(params, nudges):
+        states = activations(chain, params, chain.x, nudges)
+        total = jnp.sum(states[-1] * end)
+        return total if everywhere is None else total + jnp.sum(states * everywhere)
+
+    nudges = jnp.zeros((length + 1, *chain.x.shape), chain.x.dtype)
+    return jax.jit(jax.grad(loss, (0, 1)))(chain.params, nudges)
+
+
+# --- recurrent cells for tests of `scan` -----------------------------------------------------------------------------------
+
+
+def rnn_problem(length: int = 9, batch: int = 3, width: int = 4, dtype: str = "float64", seed: int = 0) -> tuple[Any, tuple]:
+    """(loss(scan, *arguments), arguments): a tanh RNN that reads its inputs, closes over its weights and emits two outputs."""
+    random = np.random.default_rng(seed)
+    weights = jnp.asarray(random.standard_normal((width, width)) / np.sqrt(width), dtype)
+    inputs = jnp.asarray(random.standard_normal((length, batch, width)), dtype)
+    start = jnp.asarray(random.standard_normal((batch, width)), dtype)
+
+    def loss(scan, weights, start, inputs):
+        def f(h, x):
+            h = jnp.tanh(h @ weights + x)
+            return h, (h, jnp.cos(h).sum(-1))
+
+        final, (states, sums) = scan(f, start, inputs)
+        return jnp.sum(final**2) + jnp.sum(states**3) + jnp.sum(sums**2)
+
+    return loss, (weights, start, inputs)
+
+
+# --- looking at programs ------------------------------------------------------------------------------------------------------
+
+
+def sub_jaxprs(params: dict) -> Iterator[Any]:
+    def inside(value):
+        body = getattr(value, "jaxpr", value)
+        if hasattr(body, "eqns"):
+            yield body
+        elif isinstance(value, (tuple, list)):
+            for item in value:
+                yield from inside(item)
+
+    for value in params.values():
+        yield from inside(value)
+
+
+def equations(jaxpr: Any) -> Iterator[Any]:
+    """Every equation, those of sub-jaxprs included."""
+    for eqn in getattr(jaxpr, "jaxpr", jaxpr).eqns:
+        yield eqn
+        for inner in sub_jaxprs(eqn.params):
+            yield from equations(inner)
+
+
+def long_loops(jaxpr: Any, longest: int) -> list[tuple[int, tuple]]:
+    """(length, shapes and dtypes carried) of each scan of more than `longest` trips; any while loop counts as one."""
+    found = []
+    for eqn in equations(jaxpr):
+        if eqn.primitive.name == "while":
+            found.append((-1, ()))
+        if eqn.primitive.name == "scan" and eqn.params["length"] > longest:
+            body = getattr(eqn.params["jaxpr"], "jaxpr", eqn.params["jaxpr"])
+            if "num_consts" in eqn.params:
+                consts, carry = eqn.params["num_consts"], eqn.params["num_carry"]
+            else:
+                groups = eqn.params["ft_in"].unpack()
+                consts, carry = len(list(groups[0])), len(list(groups[1]))
+            avals = [v.aval for v in body.invars[consts : consts + carry]]
+            found.append((eqn.params["length"], tuple((a.shape, str(a.dtype)) for a in avals)))
+    return found

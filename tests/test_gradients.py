@@ -1,0 +1,133 @@
+"""Every method × kind × length × dtype × losses, against `jax.grad` of the plain sequential program."""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import pytest
+from support import KINDS, METHODS, TOLERANCE, assert_close, gap, loop_activations, make_chain, make_cotangents, reference, scan_activations
+
+import parscan
+
+LENGTHS = [0, 1, 2, 3, 7, 64, 1000, 1021]
+
+
+@functools.cache
+def wanted(kind, length, dtype, everywhere):
+    return reference(loop_activations if length <= 64 else scan_activations, make_chain(kind, length, dtype), *make_cotangents(kind, length, dtype, everywhere))
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_reference_by_scan_agrees_with_the_loop(kind, dtype):
+    chain, cotangents = make_chain(kind, 64, dtype), make_cotangents(kind, 64, dtype, True)
+    assert_close(reference(scan_activations, chain, *cotangents), wanted(kind, 64, dtype, True), TOLERANCE[dtype] * 1e-1)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_jacobians_do_not_commute_and_no_gradient_vanishes(kind):
+    chain = make_chain(kind, 64, "float64")
+    if kind != "Diagonal":
+        w = chain.params["w"]
+        assert gap(w[0] @ w[1], w[1] @ w[0]) > 0.1
+    _, states = wanted(kind, 1000, "float64", False)
+    norms = jnp.linalg.norm(states.reshape(1001, -1), axis=-1)
+    assert norms.min() > 1e-3 * norms.max()
+
+
+@pytest.mark.parametrize("length", LENGTHS)
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("method", METHODS)
+def test_parallel_backward(method, kind, dtype, length):
+    chain = make_chain(kind, length, dtype)
+    y, activations = parscan.forward(chain.layer, chain.params, chain.x, params_axes=chain.params_axes)
+    assert activations.shape == (length + 1, *chain.x.shape)
+    assert_close(y, activations[-1], 0)
+    for everywhere in (False, True):
+        end, layers = make_cotangents(kind, length, dtype, everywhere)
+        grads = parscan.parallel_backward(
+            chain.layer, chain.params, activations, end, layer_cotangents=layers, params_axes=chain.params_axes, method=METHODS[method]
+        )
+        params, states = wanted(kind, length, dtype, everywhere)
+        assert all(g.dtype == dtype for g in jax.tree.leaves(grads))
+        assert_close(grads.params, params, TOLERANCE[dtype])
+        assert_close(list(grads.activations), list(states), TOLERANCE[dtype])  # each activation by itself
+        assert_close(grads.input, states[0], TOLERANCE[dtype])
+        assert type(grads.plan.method) is type(METHODS[method])
+        if method != "lax":
+            assert grads.plan.kind == kind
+
+
+@pytest.mark.parametrize("length", [0, 1, 2, 7, 64, 1021])
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("method", METHODS)
+def test_grad_of_forward(method, kind, dtype, length):
+    """The same gradients through `jax.grad`, which needs no stored activations from the user."""
+    chain = make_chain(kind, length, dtype)
+    end, layers = make_cotangents(kind, length, dtype, True)
+
+    @jax.jit
+    @functools.partial(jax.grad, argnums=(0, 1))
+    def grads(params, x):
+        y, activations = parscan.forward(chain.layer, params, x, params_axes=chain.params_axes, method=METHODS[method])
+        return jnp.sum(y * end) + jnp.sum(activations * layers)
+
+    params, states = wanted(kind, length, dtype, True)
+    assert_close(grads(chain.params, chain.x), (params, states[0]), TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("method", [parscan.Chunked(1), parscan.Chunked(5), parscan.Chunked(5, 0), parscan.Chunked(5, 2), parscan.Chunked(100), parscan.Walk(1), parscan.Walk(5), parscan.Walk(32), parscan.Walk(100)])
+@pytest.mark.parametrize("kind", KINDS)
+def test_sizes_that_do_and_do_not_divide_the_length(method, kind):
+    chain = make_chain(kind, 64, "float64")
+    _, activations = parscan.forward(chain.layer, chain.params, chain.x, params_axes=chain.params_axes)
+    end, layers = make_cotangents(kind, 64, "float64", True)
+    grads = parscan.parallel_backward(chain.layer, chain.params, activations, end, layer_cotangents=layers, params_axes=chain.params_axes, method=method)
+    assert_close((grads.params, grads.activations), wanted(kind, 64, "float64", True), 1e-10)
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("method", METHODS)
+def test_linear_scan(method, kind, reverse):
+    chain = make_chain(kind, 23, "float64")
+    shape = {"Dense": (23, 4, 4), "BlockDiagonal": (23, 3, 4, 4), "Diagonal": (23, 5)}[kind]
+    weights = jnp.broadcast_to(chain.params["w"][:, None] if kind == "BlockDiagonal" else chain.params["w"], shape)
+    n = KINDS[kind](weights).size
+    b, h0 = jnp.sin(jnp.arange(23.0 * n)).reshape(23, n), jnp.cos(jnp.arange(float(n)))
+
+    def sequential(weights, b, h0):
+        def step(h, one):
+            h = KINDS[kind](one[0]).apply(h) + one[1]
+            return h, h
+
+        return jax.lax.scan(step, h0, (weights, b), reverse=reverse)[1]
+
+    def parallel(weights, b, h0):
+        return parscan.linear_scan(KINDS[kind](weights), b, h0, reverse=reverse, method=METHODS[method])
+
+    assert_close(parallel(weights, b, h0), sequential(weights, b, h0), 1e-12)
+    got, want = (jax.grad(lambda *a, f=f: jnp.sum(f(*a) ** 3), (0, 1, 2))(weights, b, h0) for f in (parallel, sequential))
+    assert_close(got, want, 1e-11)
+    got, want = (jax.jvp(f, (weights, b, h0), (weights, b, h0))[1] for f in (parallel, sequential))
+    assert_close(got, want, 1e-11)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_linear_scan_with_one_map_for_all_steps(method, kind):
+    shape = {"Dense": (4, 4), "BlockDiagonal": (3, 4, 4), "Diagonal": (5,)}[kind]
+    shared = make_chain(kind, 3, "float64").params["w"][0]
+    weights = jnp.broadcast_to(shared, shape)
+    n = KINDS[kind](weights).size
+    b, h0 = jnp.sin(jnp.arange(11.0 * n)).reshape(11, n), jnp.ones(n)
+
+    def loss(weights, many):
+        maps = jnp.broadcast_to(weights, (11, *shape)) if many else weights
+        return jnp.sum(parscan.linear_scan(KINDS[kind](maps), b, h0, method="lax" if many else METHODS[method]) ** 2)
+
+    assert_close(jax.value_and_grad(loss)(weights, False), jax.value_and_grad(loss)(weights, True), 1e-12)

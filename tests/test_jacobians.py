@@ -1,0 +1,105 @@
+"""Every kind against dense matrices, and the scaled affine element against exact arithmetic."""
+
+from __future__ import annotations
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from support import KINDS, TOLERANCE, assert_close
+
+import parscan
+from parscan import affine
+from parscan.affine import Affine
+
+SHAPES = {"Dense": (5, 6, 6), "BlockDiagonal": (5, 3, 2, 2), "Diagonal": (5, 6)}
+
+
+def make(kind, dtype, seed, shape=None):
+    return KINDS[kind](jnp.asarray(np.random.default_rng(seed).standard_normal(shape or SHAPES[kind]), dtype))
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("kind", KINDS)
+def test_operations_agree_with_dense_matrices(kind, dtype):
+    a, b = make(kind, dtype, 0), make(kind, dtype, 1)
+    v = jnp.asarray(np.random.default_rng(2).standard_normal((5, 6)), dtype)
+    tolerance = TOLERANCE[dtype] * 1e-2
+    assert_close(a.apply(v), np.einsum("lij,lj->li", a.to_dense(), v), tolerance)
+    assert_close(a.transpose().to_dense(), np.swapaxes(a.to_dense(), -1, -2), 0)
+    assert_close(a.after(b).to_dense(), np.asarray(a.to_dense()) @ np.asarray(b.to_dense()), tolerance)
+    assert a.size == 6
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_wide_blocks_take_the_other_product(kind):
+    shape = {"Dense": (2, 20, 20), "BlockDiagonal": (2, 2, 10, 10), "Diagonal": (2, 20)}[kind]
+    a = make(kind, "float64", 0, shape)
+    v = jnp.asarray(np.random.default_rng(2).standard_normal((2, 20)))
+    assert_close(a.apply(v), np.einsum("lij,lj->li", a.to_dense(), v), 1e-13)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("with_rows", [False, True])
+def test_balanced_is_exact(kind, with_rows):
+    a = make(kind, "float64", 0)
+    rows = jnp.asarray(np.random.default_rng(3).integers(-300, 300, (5, 6)), jnp.int32) if with_rows else None
+    mantissa, exponent = a.balanced(rows)
+    largest = np.abs(mantissa.to_dense()).max(-2)
+    assert np.all((largest >= 0.5) & (largest < 1))
+    scale = np.zeros((5, 6), int) if rows is None else np.asarray(rows)
+    want = np.asarray(a.to_dense(), np.longdouble) * np.exp2(scale.astype(np.longdouble))[..., :, None]
+    got = np.asarray(mantissa.to_dense(), np.longdouble) * np.exp2(np.asarray(exponent).astype(np.longdouble))[..., None, :]
+    np.testing.assert_array_equal(got, want)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_from_columns_inverts_pushing_the_basis(kind):
+    a = make(kind, "float64", 0)
+    width = {"Dense": 6, "BlockDiagonal": 2, "Diagonal": 1}[kind]
+    basis = jnp.tile(jnp.eye(width), (1, 6 // width))
+    columns = jnp.stack([a.apply(jnp.broadcast_to(e, (5, 6))) for e in basis], axis=1)
+    assert_close(type(a).from_columns(columns).to_dense(), a.to_dense(), 0)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("kind", KINDS)
+def test_then_is_application_one_after_the_other(kind, dtype):
+    random = np.random.default_rng(4)
+    one, two, three = (Affine(make(kind, dtype, seed), None, jnp.asarray(random.standard_normal((5, 6)), dtype)) for seed in (5, 6, 7))
+    v = jnp.asarray(random.standard_normal((5, 6)), dtype)
+    want = affine.apply(three, affine.apply(two, affine.apply(one, v)))
+    for joined in (affine.then(three, affine.then(two, one)), affine.then(affine.then(three, two), one)):
+        assert_close(affine.apply(joined, v), want, TOLERANCE[dtype] * 1e-1)
+
+
+def power(matrix, times):
+    """The matrix to the 2^times, by joining."""
+    kind = parscan.Dense(jnp.asarray(matrix, jnp.float32)[None])
+    total = Affine(kind, None, jnp.zeros((1, kind.size), jnp.float32))
+    for _ in range(times):
+        total = affine.then(total, total)
+    return lambda v: affine.apply(total, jnp.asarray([v], jnp.float32))[0]
+
+
+def test_growth_aligned_with_an_axis_leaves_the_others_alone():
+    np.testing.assert_array_equal(power(np.diag([16.0, 1.0]), 7)([0.0, 1.0]), [0.0, 1.0])
+
+
+def test_growth_into_an_axis_leaves_the_contracted_side_alone():
+    np.testing.assert_array_equal(power([[16.0, 0.0], [1.0, 1.0]], 7)([0.0, 1.0]), [0.0, 1.0])
+
+
+def test_what_underflows_is_zero_and_what_overflows_is_infinite():
+    both = power(np.diag([2.0**-20, 2.0**20]), 5)
+    np.testing.assert_array_equal(both([1.0, 0.0]), [0.0, 0.0])
+    assert both([0.0, 1.0])[1] == np.inf
+
+
+def test_alternating_extreme_steps_cancel():
+    up, down = np.diag([1e20, 1e-20]), np.diag([1e-20, 1e20])
+    offset = jnp.zeros((1, 2), jnp.float32)
+    steps = [Affine(parscan.Dense(jnp.asarray(m, jnp.float32)[None]), None, offset) for m in (up, up, up, down, down, down)]
+    total = steps[0]
+    for step in steps[1:]:
+        total = affine.then(step, total)
+    np.testing.assert_allclose(affine.apply(total, jnp.ones((1, 2), jnp.float32))[0], [1.0, 1.0], rtol=1e-6)

@@ -1,0 +1,101 @@
+"""The README's code and the docstrings' examples run as they are printed."""
+
+from __future__ import annotations
+
+import doctest
+import importlib
+import pkgutil
+import re
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+import parscan
+
+README = Path(__file__).resolve().parents[1] / "README.md"
+FENCE = re.compile(r"^(?P<fence>`{3,})(?P<language>[^\n`]*)\n(?P<code>.*?)^(?P=fence)[ ]*$", re.MULTILINE | re.DOTALL)
+PYTHON_LIKE = {"py", "python3", "pycon", "ipython", "{python}", "{code-cell}"}  # would be shown as code, but not run
+
+
+def blocks(text: str) -> list[tuple[str, int, str]]:
+    """Every fenced block: language, line before its code, code."""
+    return [(m["language"].strip(), text.count("\n", 0, m.start("code")), m["code"]) for m in FENCE.finditer(text)]
+
+
+def sections(text: str) -> dict[str, list[tuple[int, str]]]:
+    """From `## ` heading to its Python blocks; "#" is what stands before the first."""
+    fenced = {line for _, before, code in blocks(text) for line in range(before + 1, before + 1 + code.count("\n"))}
+    headings = [(0, "#"), *((n, line[3:].strip()) for n, line in enumerate(text.splitlines(), 1) if line.startswith("## ") and n not in fenced)]
+    found: dict[str, list[tuple[int, str]]] = {}
+    for language, before, code in blocks(text):
+        if language == "python":
+            found.setdefault(max(heading for heading in headings if heading[0] <= before)[1], []).append((before, code))
+    return found
+
+
+SECTIONS = sections(README.read_text())
+
+
+@pytest.fixture
+def jax_settings():
+    """Gives every JAX setting back its value."""
+    before = dict(jax.config.values)
+    yield
+    for name, value in before.items():
+        if jax.config.values[name] != value:
+            jax.config.update(name, value)
+
+
+def test_readme_has_code_and_all_of_it_is_run():
+    assert SECTIONS
+    assert not [language for language, _, _ in blocks(README.read_text()) if language.split(" ")[0].lower() in PYTHON_LIKE]
+    assert not [language for language, _, _ in blocks(README.read_text()) if language.startswith("python") and language != "python"]
+
+
+def test_headings_are_told_apart():
+    titles = re.findall(r"^## (.+)$", README.read_text(), re.MULTILINE)
+    assert len(titles) == len(set(titles)), "two sections of one name would share a namespace"
+
+
+@pytest.mark.parametrize("section", SECTIONS)
+def test_readme_section(section, tmp_path, monkeypatch, jax_settings):
+    monkeypatch.chdir(tmp_path)
+    namespace = {"__name__": "__main__"}
+    for before, code in SECTIONS[section]:
+        exec(compile("\n" * before + code, str(README), "exec"), namespace)
+
+
+# --- docstrings -----------------------------------------------------------------------------------------------------------
+
+
+def given() -> dict:
+    """What examples may use without saying so: a scan `f, init, xs`, a chain `layer, params, activations, c`."""
+
+    def f(h, x):
+        h = jnp.tanh(0.5 * h + x)
+        return h, h
+
+    def layer(w, h):
+        return jnp.tanh(w * h)
+
+    params, x = jnp.full((16, 4), 0.5), jnp.ones(4)
+    _, activations = parscan.forward(layer, params, x)
+    scanned = {"f": f, "init": jnp.zeros(4), "xs": jnp.ones((16, 4))}
+    return scanned | {"layer": layer, "params": params, "activations": activations, "c": jnp.ones(4), "jax": jax, "jnp": jnp, "parscan": parscan}
+
+
+MODULES = ["parscan", *(module.name for module in pkgutil.walk_packages(parscan.__path__, "parscan."))]
+EXAMPLES = [test for name in MODULES for test in doctest.DocTestFinder(exclude_empty=True).find(importlib.import_module(name), name) if test.examples]
+
+
+@pytest.mark.parametrize("example", EXAMPLES, ids=lambda example: example.name)
+def test_docstring(example, jax_settings):
+    skipped = [e.source for e in example.examples if e.options.get(doctest.SKIP)]
+    assert not skipped, f"an example that is not run says nothing: {skipped}"
+    report: list[str] = []
+    example.globs = given()
+    result = doctest.DocTestRunner(optionflags=doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE).run(example, out=report.append)
+    assert result.attempted == len(example.examples)
+    assert result.failed == 0, "".join(report)
