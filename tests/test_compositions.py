@@ -1,0 +1,210 @@
+"""Every transformation of JAX over `scan`, `chain`, `forward`, `linear_scan` and `parallel_backward`, against the same over `lax.scan`."""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax import lax
+from support import assert_close, rnn_problem
+
+import parscan
+
+LOSS, (WEIGHTS, START, INPUTS) = rnn_problem(9, 3, 4)
+
+
+# Each entry point as a scan: (f, init, xs) -> (final, ys), where f is one tanh RNN.
+def by_scan(method):
+    return functools.partial(parscan.scan, method=method)
+
+
+def plain(weights, start, inputs):
+    """Final state and all states of the RNN by `lax.scan`."""
+
+    def f(h, x):
+        h = jnp.tanh(h @ weights + x)
+        return h, h
+
+    return lax.scan(f, start, inputs)
+
+
+def by_chain(method):
+    def run(weights, start, inputs):
+        apply = parscan.chain(lambda p, h: jnp.tanh(h @ p[0] + p[1]), params_axes=(None, 0), return_activations=True, method=method)
+        y, activations = apply((weights, inputs), start)
+        return y, activations[1:]
+
+    return run
+
+
+def by_forward(method):
+    def run(weights, start, inputs):
+        y, activations = parscan.forward(lambda p, h: jnp.tanh(h @ p[0] + p[1]), (weights, inputs), start, params_axes=(None, 0), method=method)
+        return y, activations[1:]
+
+    return run
+
+
+def by_public_scan(method):
+    def run(weights, start, inputs):
+        def f(h, x):
+            h = jnp.tanh(h @ weights + x)
+            return h, h
+
+        return parscan.scan(f, start, inputs, method=method)
+
+    return run
+
+
+def plain_linear(weights, start, inputs):
+    """The linear recurrence of the same shapes, one block."""
+
+    def f(h, b):
+        h = (jnp.kron(jnp.eye(3), weights.T) @ h.ravel() + b.ravel()).reshape(h.shape)
+        return h, h
+
+    return lax.scan(f, start, inputs)
+
+
+def by_linear_scan(method):
+    def run(weights, start, inputs):
+        maps = parscan.BlockDiagonal(jnp.broadcast_to(weights.T, (9, 3, 4, 4)))
+        hs = parscan.linear_scan(maps, inputs.reshape(9, -1), start.ravel(), method=method).reshape(inputs.shape)
+        return hs[-1], hs
+
+    return run
+
+
+ENTRIES = {"scan": (by_public_scan, plain), "chain": (by_chain, plain), "forward": (by_forward, plain), "linear_scan": (by_linear_scan, plain_linear)}
+
+
+def scalar(run):
+    def loss(weights, start, inputs):
+        final, states = run(weights, start, inputs)
+        return jnp.sum(final**2) + jnp.sum(jnp.sin(states))
+
+    return loss
+
+
+def directions(*args):
+    return tuple(jnp.cos(jnp.arange(float(a.size))).reshape(a.shape) for a in args)
+
+
+def transformed(name, run):
+    """The transformation by its name, as a function of (weights, start, inputs)."""
+    loss, all_ = scalar(run), (0, 1, 2)
+    by_start = lambda w, s, x: lambda s: loss(w, s, x)
+    batch = lambda a: jnp.stack([a, 0.5 * a, -a])
+    return {
+        "value": run,
+        "jit": jax.jit(run),
+        "grad": jax.grad(loss, all_),
+        "value_and_grad": jax.value_and_grad(loss, all_),
+        "jit of grad": jax.jit(jax.grad(loss, all_)),
+        "vjp": lambda *a: (lambda out, back: back(jax.tree.map(jnp.cos, out)))(*jax.vjp(run, *a)),
+        "jvp": lambda *a: jax.jvp(run, a, directions(*a)),
+        "jacfwd": jax.jacfwd(run, 1),
+        "jacrev": jax.jacrev(run, 1),
+        "hessian": jax.hessian(loss, 1),
+        "hessian in weights": jax.hessian(loss, 0),
+        "grad of grad": lambda w, s, x: jax.grad(lambda s: jnp.sum(jax.grad(by_start(w, s, x))(s) ** 2))(s),
+        "jvp of grad": lambda *a: jax.jvp(jax.grad(loss, all_), a, directions(*a)),
+        "grad of jvp": lambda *a: jax.grad(lambda *b: jax.jvp(loss, b, directions(*b))[1], all_)(*a),
+        "grad of jvp in weights alone": lambda w, s, x: jax.grad(lambda w: jax.jvp(lambda s: loss(w, s, x), (s,), directions(s))[1])(w),
+        "linearize": lambda *a: jax.linearize(run, *a)[1](*directions(*a)),
+        "vmap over starts": lambda w, s, x: jax.vmap(run, (None, 0, None))(w, batch(s), x),
+        "vmap over weights": lambda w, s, x: jax.vmap(run, (0, None, None))(batch(w), s, x),
+        "vmap over all": lambda *a: jax.vmap(run)(*map(batch, a)),
+        "vmap of grad": lambda *a: jax.vmap(jax.grad(loss, all_))(*map(batch, a)),
+        "vmap of grad over inputs": lambda w, s, x: jax.vmap(jax.grad(loss, all_), (None, None, 0))(w, s, batch(x)),
+        "grad of vmap": lambda *a: jax.grad(lambda *b: jnp.sum(jax.vmap(loss)(*map(batch, b))), all_)(*a),
+        "vmap of hessian": lambda w, s, x: jax.vmap(jax.hessian(loss, 1), (None, 0, None))(w, batch(s), x),
+        "checkpoint": lambda *a: jax.grad(jax.checkpoint(loss), all_)(*a),
+        "in scan": lambda w, s, x: jax.grad(lambda w: lax.scan(lambda s, _: (run(w, s, x)[0], loss(w, s, x)), s, None, length=3)[1].sum())(w),
+        "in cond": lambda w, s, x: jax.grad(lambda w: lax.cond(s.sum() > -1e9, lambda w: loss(w, s, x), lambda w: 0.0 * w.sum(), w))(w),
+        "in while_loop": lambda w, s, x: lax.while_loop(lambda c: c[0] < 2, lambda c: (c[0] + 1, c[1] - 0.01 * jax.grad(loss)(c[1], s, x)), (0, w))[1],
+        "jvp in while_loop": lambda w, s, x: jax.jvp(lambda w: lax.while_loop(lambda c: c[0] < 2, lambda c: (c[0] + 1, c[1] + 0.1 * loss(c[1], s, x)), (0, w))[1], (w,), directions(w)),
+    }[name]
+
+
+NAMES = ["value", "jit", "grad", "value_and_grad", "jit of grad", "vjp", "jvp", "jacfwd", "jacrev", "hessian", "hessian in weights", "grad of grad", "jvp of grad", "grad of jvp"] + [
+    "grad of jvp in weights alone", "linearize", "vmap over starts", "vmap over weights", "vmap over all", "vmap of grad", "vmap of grad over inputs", "grad of vmap", "vmap of hessian"
+] + ["checkpoint", "in scan", "in cond", "in while_loop", "jvp in while_loop"]  # fmt: skip
+
+
+@functools.cache
+def wanted(name, entry):
+    return transformed(name, ENTRIES[entry][1])(WEIGHTS, START, INPUTS)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("entry", ENTRIES)
+def test_tree(entry, name):
+    assert_close(transformed(name, ENTRIES[entry][0]("tree"))(WEIGHTS, START, INPUTS), wanted(name, entry), 1e-10)
+
+
+@pytest.mark.parametrize("name", ["grad", "jvp", "hessian", "grad of jvp", "jvp of grad", "vmap of grad", "checkpoint"])
+@pytest.mark.parametrize("method", ["auto", "sequential", "walk", "associative", parscan.Chunked(3)], ids=str)
+def test_scan_by_every_method(method, name):
+    assert_close(transformed(name, by_public_scan(method))(WEIGHTS, START, INPUTS), wanted(name, "scan"), 1e-10)
+
+
+def test_a_closed_over_array_is_differentiated_twice():
+    def nested(scan):
+        def loss(weights, start, inputs):
+            def outer(h, x):
+                def inner(g, z):
+                    g = jnp.tanh(g @ weights + z + h.mean())
+                    return g, g.sum()
+
+                g, sums = scan(inner, h, jnp.stack([x, 0.5 * x, -x]))
+                return g, sums
+
+            final, ys = scan(outer, start, inputs)
+            return jnp.sum(final**2) + jnp.sum(ys**2)
+
+        return jax.value_and_grad(loss, (0, 1, 2))(WEIGHTS, START, INPUTS)
+
+    for method in ("auto", "tree", "walk"):
+        assert_close(nested(by_scan(method)), nested(lax.scan), 1e-10)
+
+
+def test_nested_in_each_other_the_batch_is_still_found():
+    def f(h, x):
+        inner = parscan.scan(lambda g, z: (jnp.tanh(g @ WEIGHTS + z), None), h, jnp.stack([x, x]), method="tree")[0]
+        return inner, None
+
+    assert parscan.plan(f, START, INPUTS).blocks == {4: 3}
+
+
+def backward(method, params, activations, end):
+    grads = parscan.parallel_backward(lambda p, h: jnp.tanh(h @ p[0] + p[1]), params, activations, end, params_axes=(None, 0), method=method)
+    return grads.params, grads.activations
+
+
+@pytest.mark.parametrize("method", ["lax", "sequential", "walk", "tree", "associative", "chunked", "auto"])
+@pytest.mark.parametrize("name", ["jit", "vmap", "grad", "vmap of grad", "hessian"])
+def test_parallel_backward(name, method):
+    _, activations = parscan.forward(lambda p, h: jnp.tanh(h @ p[0] + p[1]), (WEIGHTS, INPUTS), START, params_axes=(None, 0))
+    arguments = ((WEIGHTS, INPUTS), activations, START)
+    batch = lambda tree: jax.tree.map(lambda a: jnp.stack([a, 0.5 * a]), tree)
+
+    def go(method):
+        run = functools.partial(backward, method)
+        loss = lambda *a: sum(jnp.sum(jnp.sin(leaf)) for leaf in jax.tree.leaves(run(*a)))
+        return {
+            "jit": lambda: jax.jit(run)(*arguments),
+            "vmap": lambda: jax.vmap(run)(*map(batch, arguments)),
+            "grad": lambda: jax.grad(loss, (0, 1, 2))(*arguments),
+            "vmap of grad": lambda: jax.vmap(jax.grad(loss, (0, 1, 2)))(*map(batch, arguments)),
+            "hessian": lambda: jax.hessian(loss, 2)(*arguments),
+        }[name]()
+
+    assert_close(go(method), go("lax"), 1e-10)
+
+
+def test_vmap_with_an_axis_name_outside_is_no_obstacle():
+    run = jax.vmap(lambda s: parscan.scan(lambda h, x: (jnp.tanh(h @ WEIGHTS + x), None), s, INPUTS, method="tree")[0], axis_name="batch")
+    assert run(jnp.stack([START, START])).shape == (2, 3, 4)

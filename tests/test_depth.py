@@ -1,0 +1,253 @@
+"""Depth, work, memory and compilations: properties of the program, counted."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax import lax
+from support import LOG_DEPTH, equations, long_loops, make_chain, make_cotangents, rnn_problem
+
+import parscan
+
+CHUNK = 8
+ONLY_THE_CARRY = ((3, 4), "float64")
+
+
+def simple_loss(scan, weights, start, inputs):
+    """A carry of two leaves, one of them an integer that rides along."""
+
+    def f(carry, x):
+        h, i = carry
+        h = jnp.tanh(h @ weights + x)
+        return (h, i + 1), jnp.sin(h)
+
+    (h, _), ys = scan(f, (start, jnp.int32(0)), inputs)
+    return jnp.sum(h**2) + jnp.sum(ys**3)
+
+
+def derivative(order, scan):
+    def loss(*arguments):
+        return simple_loss(scan, *arguments)
+
+    return {
+        "jvp": lambda *a: jax.jvp(loss, a, a),
+        "grad": jax.grad(loss, (0, 1, 2)),
+        "hessian": jax.hessian(loss, 1),
+        "third": jax.jacfwd(jax.hessian(loss, 1), 1),
+    }[order]
+
+
+def arguments(length):
+    return rnn_problem(length)[1]
+
+
+def forward_only(loops):
+    """Whether every long loop carries the carry of f and nothing else."""
+    return all(sorted(map(str, carried)) == sorted(map(str, (ONLY_THE_CARRY, ((), "int32")))) for _, carried in loops)
+
+
+@pytest.mark.parametrize("order", ["jvp", "grad", "hessian", "third"])
+@pytest.mark.parametrize("method", LOG_DEPTH)
+def test_every_long_loop_is_a_forward_pass(method, order):
+    scan = lambda *a: parscan.scan(*a, method=LOG_DEPTH[method])
+    loops = long_loops(jax.make_jaxpr(derivative(order, scan))(*arguments(64)), CHUNK)
+    assert loops, "the forward pass itself is a loop"
+    assert forward_only(loops)
+
+
+@pytest.mark.parametrize("order", ["grad", "hessian"])
+@pytest.mark.parametrize("method", LOG_DEPTH)
+def test_equations_grow_with_the_logarithm(method, order):
+    scan = lambda *a: parscan.scan(*a, method=LOG_DEPTH[method])
+    sizes = [sum(1 for _ in equations(jax.make_jaxpr(derivative(order, scan))(*arguments(length)))) for length in (64, 1024, 16384)]
+    first, second = sizes[1] - sizes[0], sizes[2] - sizes[1]
+    assert 0 < second <= 1.3 * first, sizes  # four doublings each
+
+
+def test_equations_of_a_third_derivative_grow_with_the_logarithm():
+    scan = lambda *a: parscan.scan(*a, method="chunked")
+    sizes = [sum(1 for _ in equations(jax.make_jaxpr(derivative("third", scan))(*arguments(length)))) for length in (64, 1024, 16384)]
+    assert 0 < sizes[2] - sizes[1] <= 1.3 * (sizes[1] - sizes[0]), sizes
+
+
+@pytest.mark.parametrize("method", LOG_DEPTH)
+def test_parallel_backward_has_no_long_loop(method):
+    sizes = []
+    for length in (64, 1024, 16384):
+        chain = make_chain("BlockDiagonal", length, "float64")
+        end, _ = make_cotangents("BlockDiagonal", length, "float64", False)
+        activations = jnp.zeros((length + 1, *chain.x.shape))
+
+        def backward(params, activations, end, chain=chain):
+            grads = parscan.parallel_backward(chain.layer, params, activations, end, params_axes=chain.params_axes, method=LOG_DEPTH[method])
+            return grads.params, grads.activations
+
+        program = jax.make_jaxpr(backward)(chain.params, activations, end)
+        assert not long_loops(program, CHUNK)
+        sizes.append(sum(1 for _ in equations(program)))
+    assert 0 < sizes[2] - sizes[1] <= 1.3 * (sizes[1] - sizes[0]), sizes
+
+
+def states_by_a_plain_scan(scan):
+    """A deliberately wrong rule: right gradients, but the stored states come from a `lax.scan` of its own, not from the function
+    whose rule this is, so that the second derivative is sequential again."""
+
+    def wrong(f, init, xs):
+        @jax.custom_jvp
+        def run(init, xs):
+            return lax.scan(f, init, xs)
+
+        @run.defjvp
+        def _(primals, tangents):
+            (init, xs), (init_dot, xs_dot) = primals, tangents
+            _, states = lax.scan(lambda h, x: (f(h, x)[0], h), init, xs)
+            step_dot = jax.vmap(lambda h, x, h_dot, x_dot: jax.jvp(f, (h, x), (h_dot, x_dot))[1])
+            floats_dot = init_dot[0]
+            zero = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype) if jnp.issubdtype(s.dtype, jnp.floating) else jnp.zeros(s.shape, jax.dtypes.float0), states)
+            offsets = step_dot(states, xs, zero, xs_dot)[0][0]
+            push = lambda h, x, v: jax.jvp(lambda g: f((g, h[1]), x)[0][0], (h[0],), (v,))[1]
+            n = floats_dot.size
+            basis = jnp.eye(n).reshape(n, *floats_dot.shape)
+            matrices = jax.vmap(lambda h, x: jax.vmap(lambda e: push(h, x, e).ravel())(basis).T)(states, xs)
+            hs_dot = parscan.linear_scan(parscan.Dense(matrices), offsets.reshape(-1, n), floats_dot.ravel(), method="tree").reshape(-1, *floats_dot.shape)
+            entering = jnp.concatenate([floats_dot[None], hs_dot[:-1]])
+            ys_dot = step_dot(states, xs, (entering, zero[1]), xs_dot)[1]
+            final, ys = run(init, xs)
+            return (final, ys), ((hs_dot[-1], init_dot[1]), ys_dot)
+
+        return run(init, xs)
+
+    return wrong
+
+
+def test_the_check_fails_for_states_stored_by_a_plain_scan():
+    wrong = states_by_a_plain_scan(lax.scan)
+    start, inputs = arguments(64)[1:]
+    weights = arguments(64)[0]
+    loss = lambda scan: lambda start: simple_loss(scan, weights, start, inputs)
+    right, tried = jax.grad(loss(lax.scan))(start), jax.grad(loss(wrong))(start)
+    assert jnp.allclose(right, tried)
+    loops = long_loops(jax.make_jaxpr(jax.hessian(loss(wrong)))(start), CHUNK)
+    assert not forward_only(loops)
+
+
+@pytest.mark.parametrize("method", ["sequential", "walk", "lax"])
+def test_the_check_fails_for_sequential_methods(method):
+    scan = lambda *a: parscan.scan(*a, method=method)
+    assert not forward_only(long_loops(jax.make_jaxpr(derivative("grad", scan))(*arguments(64)), CHUNK))
+
+
+# --- work ----------------------------------------------------------------------------------------------------------------------
+
+
+def matrix_products(program):
+    """Batched products of two stacks of matrices, counted one by one."""
+    total = 0
+    for eqn in equations(program):
+        if eqn.primitive.name == "dot_general":
+            a, b = (v.aval.shape for v in eqn.invars)
+            batch = eqn.params["dimension_numbers"][1][0]
+            if len(batch) == 1 and len(a) == len(b) == 3 and a[-2:] == b[-2:] == (11, 11):
+                total += a[batch[0]]
+    return total
+
+
+@pytest.mark.parametrize("method, most", [("tree", 63), ("chunked", 7)])
+def test_matrix_products(method, most):
+    """Fewer than one a map; the way down multiplies vectors only."""
+    rotation = jnp.linalg.qr(jnp.sin(jnp.arange(121.0)).reshape(11, 11))[0]
+    layer = lambda w, h: jnp.tanh(h @ rotation * w)
+    backward = lambda w, a, c: parscan.parallel_backward(layer, w, a, c, method=method).params
+    program = jax.make_jaxpr(backward)(jnp.ones(64), jnp.ones((65, 11)), jnp.ones(11))
+    counted = matrix_products_of_solve(program)
+    assert 0 < counted <= most
+
+
+def matrix_products_of_solve(program):
+    """Only the solve that runs: a linear solve also holds its transpose, and the system itself."""
+    for eqn in equations(program):
+        if eqn.primitive.name == "custom_linear_solve":
+            return matrix_products(eqn.params["jaxprs"].solve)
+    raise AssertionError("no linear solve")
+
+
+# --- memory ---------------------------------------------------------------------------------------------------------------------
+
+
+def temporary_bytes(f, *arguments):
+    return jax.jit(f).lower(*arguments).compile().memory_analysis().temp_size_in_bytes
+
+
+@pytest.mark.parametrize("method", ["walk", "tree", "chunked", "auto"])
+def test_memory_grows_with_the_batch_and_not_with_its_square(method):
+    def bytes_for(batch):
+        loss, args = rnn_problem(128, batch, 4, "float32")
+        return temporary_bytes(jax.grad(lambda *a: loss(lambda *s: parscan.scan(*s, method=method), *a), (0, 1, 2)), *args)
+
+    small, large = bytes_for(8), bytes_for(32)
+    assert large <= 5 * small
+
+
+def test_a_walk_needs_little_more_memory_than_lax_scan():
+    loss, args = rnn_problem(4096, 4, 8, "float32")
+    ours = temporary_bytes(jax.grad(lambda *a: loss(parscan.scan, *a), (0, 1, 2)), *args)
+    theirs = temporary_bytes(jax.grad(lambda *a: loss(lax.scan, *a), (0, 1, 2)), *args)
+    assert ours <= 3 * theirs
+
+
+# --- compilations ----------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def compilations():
+    """A list that grows with every compilation."""
+    seen: list[str] = []
+    active = [True]
+
+    def listen(name, *_, **__):
+        if active[0] and name == "/jax/core/compile/backend_compile_duration":
+            seen.append(name)
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    yield seen
+    active[0] = False
+
+
+@pytest.mark.parametrize("method", ["auto", "walk", "tree", "sequential"])
+def test_new_values_recompile_nothing(method, compilations):
+    """Neither under jit nor without it, with a new function object of the same equations each time."""
+    chain = make_chain("BlockDiagonal", 16, "float64")
+
+    def once(scale):
+        def f(h, x):
+            h = jax.nn.relu(jnp.tanh(h * x) + h)  # relu has a custom_jvp
+            return h, h
+
+        h, xs = jnp.ones((4, 3)) * scale, jnp.full((20, 4, 3), 0.1) * scale
+        parscan.scan(f, h, xs, method=method)
+        jax.grad(lambda h: parscan.scan(f, h, xs, method=method)[1].sum())(h)
+        layer = lambda p, h: chain.layer(p, h)
+        params = jax.tree.map(lambda p: p * scale, chain.params)
+        y, activations = parscan.forward(layer, params, chain.x, params_axes=chain.params_axes, method=method)
+        parscan.parallel_backward(layer, params, activations, y, params_axes=chain.params_axes, method=method)
+
+    once(1.0)
+    once(0.5)
+    before = len(compilations)
+    assert before > 0, "the listener hears nothing"
+    once(0.25)
+    assert len(compilations) == before
+
+
+def test_f_is_traced_once():
+    calls = []
+
+    def f(h, x):
+        calls.append(1)
+        return jnp.tanh(h + x), h
+
+    jax.grad(lambda h: parscan.scan(f, h, jnp.ones((20, 4, 3)), method="walk")[1].sum())(jnp.ones((4, 3)))
+    assert len(calls) == 1
+
+

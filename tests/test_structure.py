@@ -1,0 +1,218 @@
+"""Structure: what is proved, what must not be, what is claimed."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from jax import lax
+from support import assert_close
+
+import parscan
+
+RANDOM = np.random.default_rng(0)
+W = jnp.asarray(RANDOM.standard_normal((8, 8)) / 3)
+W24 = jnp.asarray(RANDOM.standard_normal((8, 24)) / 3)
+V = jnp.asarray(RANDOM.standard_normal(8))
+
+
+def gru(h, x):
+    zr, c = jnp.split(h @ W24, [16], axis=-1)
+    z, r = jnp.split(jax.nn.sigmoid(zr + x.sum()), 2, axis=-1)
+    c = jnp.tanh(x + r * c)
+    return z * h + (1 - z) * c
+
+
+def lstm(state, x):
+    c, h = state
+    i, f, g = jnp.split(h @ W24 + x.sum(), 3, axis=-1)
+    c = jax.nn.sigmoid(f) * c + jax.nn.sigmoid(i) * jnp.tanh(g)
+    return c, jnp.tanh(c) * h
+
+
+def elementwise_lstm(state, x):
+    c, h = state
+    c = jax.nn.sigmoid(V * h + x) * c + jnp.tanh(h - x)
+    return c, jnp.tanh(c)
+
+
+def layer_norm(h, x):
+    centred = h - h.mean(-1, keepdims=True)
+    return h + jnp.tanh(centred / jnp.sqrt((centred**2).mean(-1, keepdims=True) + 1e-5)) * V
+
+
+def dropout(h, x):
+    return jnp.tanh(h @ W) * jax.random.bernoulli(jax.random.key(3), 0.5, h.shape)
+
+
+@jax.custom_jvp
+def round_through(x):
+    return jnp.round(x)
+
+
+round_through.defjvp(lambda primals, tangents: (round_through(*primals), tangents[0]))
+
+
+@jax.custom_jvp
+def secretly_mixing(x):
+    return jnp.sin(x)
+
+
+secretly_mixing.defjvp(lambda primals, tangents: (secretly_mixing(*primals), jnp.cos(primals[0]) * tangents[0] + 0.1 * tangents[0][::-1]))
+
+BATCH = jnp.asarray(RANDOM.standard_normal((32, 8)))
+X = jnp.asarray(RANDOM.standard_normal(8))
+
+FOUND = {
+    # name: (step on the state, state, blocks)
+    "tanh RNN": (lambda h, x: jnp.tanh(h @ W + x), BATCH, {8: 32}),
+    "tanh RNN, batch last": (lambda h, x: jnp.tanh(W @ h + x[:, None]), BATCH.T, {8: 32}),
+    "GRU": (gru, BATCH, {8: 32}),
+    "LSTM": (lstm, (BATCH, BATCH), {16: 32}),
+    "LSTM, batch axes that differ": (lambda s, x: tuple(a.T if i else a for i, a in enumerate(lstm((s[0], s[1].T), x))), (BATCH, BATCH.T), {16: 32}),
+    "elementwise LSTM": (elementwise_lstm, (BATCH, BATCH), {2: 256}),
+    "elementwise": (lambda h, x: jnp.tanh(V * h + x), BATCH, {1: 256}),
+    "no batch": (lambda h, x: jnp.tanh(h @ W + x), V, {8: 1}),
+    "heads": (lambda h, x: jnp.tanh(jnp.einsum("bhi,ij->bhj", h, W[:4, :4]) + x[:4]), jnp.ones((5, 3, 4)), {4: 15}),
+    "matrix state, columns apart": (lambda h, x: W @ h * x[:, None], jnp.ones((8, 6)), {8: 6}),
+    "layer norm": (layer_norm, BATCH, {8: 32}),
+    "dropout": (dropout, BATCH, {8: 32}),
+    "softmax": (lambda h, x: jax.nn.softmax(h @ W + x, axis=-1), BATCH, {8: 32}),
+    "residual with a nested jit": (lambda h, x: h + jax.jit(jnp.tanh)(h @ W), BATCH, {8: 32}),
+    "checkpoint": (lambda h, x: jax.checkpoint(lambda h: jnp.tanh(h @ W))(h), BATCH, {8: 32}),
+    "cond": (lambda h, x: lax.cond(x.sum() > 0, lambda h: jnp.tanh(h @ W), jnp.sin, h), BATCH, {8: 32}),
+    "cond, elementwise both": (lambda h, x: lax.cond(x.sum() > 0, jnp.tanh, jnp.sin, h), BATCH, {1: 256}),
+    "inner scan": (lambda h, x: lax.scan(lambda h, _: (jnp.tanh(h @ W), None), h, None, length=3)[0], BATCH, {8: 32}),
+    "cumsum along the width": (lambda h, x: jnp.tanh(jnp.cumsum(h, axis=1)), BATCH, {8: 32}),
+    "vmap inside": (lambda h, x: jax.vmap(lambda g: jnp.tanh(W @ g + x))(h), BATCH, {8: 32}),
+    "gather along the width": (lambda h, x: jnp.tanh(h[:, jnp.array([1, 0, 2, 3, 4, 5, 6, 7])]), BATCH, {8: 32}),
+    "update of the first column": (lambda h, x: jnp.tanh(h).at[:, 0].add(h[:, 1]), BATCH, {8: 32}),
+    "concatenate along the width": (lambda h, x: jnp.concatenate([jnp.tanh(h[:, 4:]), h[:, :4]], axis=1), BATCH, {8: 32}),
+    "identity": (lambda h, x: h, BATCH, {1: 256}),
+    "constant": (lambda h, x: jnp.zeros_like(h), BATCH, {1: 256}),
+    "reshape inside the width": (lambda h, x: jnp.tanh((h.reshape(32, 2, 4) * 2).reshape(32, 8) @ W), BATCH, {8: 32}),
+    "two leaves that do not meet": (lambda s, x: (jnp.tanh(s[0] @ W), jnp.sin(s[1])), (BATCH, BATCH[:, 0]), {8: 64}),
+    "an integer counter beside": (lambda s, x: (jnp.tanh(s[0] @ W) * s[1], s[1] + 1), (BATCH, jnp.int32(1)), {8: 32}),
+}
+
+DENSE = {
+    "straight-through round of a product": (lambda h, x: round_through(h @ W), V),
+    "straight-through round": (lambda h, x: jnp.tanh(round_through(h) @ W), V),
+    "a rule that mixes what its function does not": (lambda h, x: secretly_mixing(h), V),
+    "an identity matrix closed over": (lambda h, x: jnp.tanh(h @ jnp.eye(8) + x), V),
+    "an identity matrix, as a value": (lambda h, x, eye=jnp.eye(8): jnp.tanh(h @ eye + x), V),
+    "batch statistics": (lambda h, x: jnp.tanh(h - h.mean(0)) @ W, BATCH),
+    "transpose of a square state": (lambda h, x: jnp.tanh(h.T), W),
+    "the state plus its transpose": (lambda h, x: jnp.tanh(h + h.T), W),
+    "roll along the batch and product along the width": (lambda h, x: jnp.roll(jnp.tanh(h @ W), 1, axis=0), BATCH),
+    "reversal of both axes": (lambda h, x: jnp.tanh(h @ W)[::-1], BATCH),
+    "sort along the batch": (lambda h, x: jnp.sort(h @ W, axis=0), BATCH),
+    "merged batch, taken apart elsewhere": (lambda h, x: jnp.tanh((h @ W).reshape(8, 32).T), BATCH),
+}
+
+
+def as_f(step):
+    return lambda state, x: (step(state, x), None)
+
+
+@pytest.mark.parametrize("name", FOUND)
+def test_found(name):
+    step, state, blocks = FOUND[name]
+    plan = parscan.plan(as_f(step), state, jnp.stack([X, X, X]))
+    assert plan.blocks == blocks
+
+
+@pytest.mark.parametrize("name", DENSE)
+def test_not_found_where_it_is_not(name):
+    step, state = DENSE[name]
+    assert parscan.plan(as_f(step), state, jnp.stack([X, X, X])).blocks == {state.size: 1}
+
+
+def gradients(scan, step, state, **options):
+    xs = jnp.stack([X, 0.5 * X, -X, 0.1 * X, X])
+
+    def loss(state, xs):
+        final = scan(as_f(step), state, xs, **options)[0]
+        return sum(jnp.sum(jnp.cos(leaf)) for leaf in jax.tree.leaves(final) if jnp.issubdtype(leaf.dtype, jnp.floating))
+
+    floats, tree = jax.tree.flatten(state)
+    inexact = [jnp.issubdtype(jnp.asarray(leaf).dtype, jnp.floating) for leaf in floats]
+
+    def of_floats(some, xs):
+        rest = iter(some)
+        return loss(jax.tree.unflatten(tree, [next(rest) if is_float else leaf for leaf, is_float in zip(floats, inexact, strict=True)]), xs)
+
+    return jax.grad(of_floats, (0, 1))([leaf for leaf, is_float in zip(floats, inexact, strict=True) if is_float], xs)
+
+
+@pytest.mark.parametrize("method", ["tree", "chunked"])
+@pytest.mark.parametrize("name", [*FOUND, *DENSE])
+def test_gradients(name, method):
+    step, state = (FOUND.get(name) or DENSE[name])[:2]
+    if np.size(jax.tree.leaves(state)[0]) == 256 and name in DENSE:
+        state, step = (state[:8], step) if "merged" not in name else (state, step)
+        if "merged" in name:
+            pytest.skip("a dense state of 256 coordinates is too large for a quick test; its blocks are tested above")
+    assert_close(gradients(parscan.scan, step, state, method=method), gradients(lax.scan, step, state), 1e-10)
+
+
+# --- claims -----------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("claim, blocks", [("dense", {256: 1}), (parscan.Blocks(axis=0), {8: 32}), (parscan.Blocks(axis=-2), {8: 32}), (parscan.Blocks(size=8), {8: 32}), (parscan.Blocks(size=16), {16: 16})])
+def test_claims(claim, blocks):
+    step, state, _ = FOUND["GRU"]
+    xs = jnp.stack([X, X])
+    assert parscan.plan(as_f(step), state, xs, structure=claim).blocks == blocks
+    if blocks != {256: 1}:
+        assert_close(gradients(parscan.scan, step, state, method="tree", structure=claim), gradients(lax.scan, step, state), 1e-10)
+
+
+def test_a_claim_may_straddle_leaves():
+    step = lambda s, x: (jnp.tanh(s[0] + 2 * s[1]), jnp.sin(s[1] - s[0]))
+    state = (V[:4], V[4:])
+    assert parscan.plan(as_f(step), state, jnp.stack([X]), structure=parscan.Blocks(size=8)).blocks == {8: 1}
+    assert_close(gradients(parscan.scan, step, state, method="tree", structure=parscan.Blocks(size=8)), gradients(lax.scan, step, state), 1e-10)
+
+
+def test_a_wrong_claim_is_taken_at_its_word():
+    step, state = FOUND["no batch"][:2]
+    got = gradients(parscan.scan, step, state, method="tree", structure="diagonal")
+    want = gradients(lax.scan, step, state)
+    assert not np.allclose(got[1][0], want[1][0], rtol=1e-3)
+
+
+# --- no missed dependency --------------------------------------------------------------------------------------------------------
+
+UNARY = [jnp.tanh, jnp.sin, lambda a: a * a, lambda a: -a, lambda a: jax.nn.softmax(a, axis=-1), lambda a: jnp.cumsum(a, axis=0), lambda a: a[::-1], lambda a: jnp.roll(a, 1, axis=1)] + [
+    lambda a: a - a.mean(0), lambda a: a - a.mean(1, keepdims=True), lambda a: a @ W[:4, :4], lambda a: W[:3, :3] @ a, lambda a: a.at[:, 0].multiply(2.0), lambda a: jnp.sort(a, axis=1),
+    lambda a: a.reshape(3, 2, 2).sum(2).repeat(2, axis=1), lambda a: a.reshape(4, 3).T, lambda a: jnp.where(a > 0, a, 0.1 * a), lambda a: a[:, ::-1], lambda a: a[jnp.array([2, 0, 1])],
+    lambda a: jnp.pad(a, ((0, 0), (1, 0)))[:, :-1], lambda a: lax.cond(a.sum() > 0, jnp.tanh, lambda b: b[::-1], a), lambda a: round_through(a) + a,
+    lambda a: lax.scan(lambda c, r: (c + r, c), jnp.zeros(4), a)[1], lambda a: jax.vmap(jnp.outer)(a, a).sum(1), lambda a: jnp.maximum(a, a.max(1, keepdims=True) * 0.5), lambda a: jnp.linalg.norm(a, axis=1, keepdims=True) * a,
+]  # fmt: skip
+BINARY = [jnp.add, jnp.multiply, lambda a, b: a * b.mean(0), lambda a, b: jnp.where(b > 0, a, b), lambda a, b: jnp.concatenate([a[:, :2], b[:, 2:]], 1)]
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.tuples(st.integers(0, len(UNARY) - 1), st.integers(0, len(BINARY) - 1), st.integers(0, 5)), min_size=1, max_size=5), st.integers(0, 2**31 - 1))
+def test_nothing_outside_the_blocks(program, seed):
+    """Random programs: every non-zero of the Jacobian lies inside a block of the proved layout."""
+    from parscan.jaxprs import trace
+    from parscan.structure import layout_of
+
+    def step(h):
+        values = [h]
+        for unary, binary, which in program:
+            values.append(BINARY[binary](UNARY[unary](values[-1]), values[which % len(values)]))
+        return values[-1]
+
+    h = jnp.asarray(np.random.default_rng(seed).standard_normal((3, 4)))
+    traced, _, _ = trace(lambda _, h, x: step(h), (), h, ())
+    layout = layout_of(traced, None)
+    order = np.asarray(layout.to_vector([jnp.arange(12.0).reshape(3, 4)]), int)
+    jacobian = np.asarray(jax.jacobian(step)(h)).reshape(12, 12)[order][:, order]
+    block = np.arange(12) // layout.width
+    assert np.all(jacobian[block[:, None] != block[None, :]] == 0)
