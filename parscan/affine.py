@@ -13,9 +13,9 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-import jax.numpy as jnp
 from jax import Array
 
+from parscan import exponents
 from parscan.jacobians import Jacobian
 
 
@@ -29,7 +29,7 @@ class Affine(NamedTuple):
 
 def apply(crossing: Affine, vector: Array) -> Array:
     """The vector on the other side; vector (..., n)."""
-    inner = vector if crossing.exponent is None else jnp.ldexp(vector, crossing.exponent)
+    inner = vector if crossing.exponent is None else exponents.scaled(vector, crossing.exponent)
     return crossing.matrix.apply(inner) + crossing.offset
 
 

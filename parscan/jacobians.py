@@ -13,7 +13,8 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-_NONE = -(2**30)  # "exponent" of a zero entry: below every sum of exponents that can occur
+from parscan import exponents
+
 _UNROLLED = 8  # up to this size XLA's fused multiply-and-sum beats a call to a GEMM of tiny matrices
 
 Self = TypeVar("Self", bound="Dense | Diagonal | BlockDiagonal")
@@ -31,21 +32,16 @@ def _dot(matrix: Array, vector: Array) -> Array:
     return jnp.einsum("...ij,...j->...i", matrix, vector, precision=lax.Precision.HIGHEST)
 
 
-def _exponents(x: Array) -> Array:
-    """Binary exponents, `_NONE` for zeros."""
-    return jnp.where(x == 0, _NONE, jnp.frexp(x)[1])
-
-
 def _balanced(matrix: Array, rows: Array | None) -> tuple[Array, Array]:
     """2^rows · matrix as (mantissa, e), with mantissa · 2^e and every column's largest entry in [1/2, 1).
 
     matrix (..., n, n), rows int32 (..., n) or None, e int32 (..., n). Exact, but for entries 2^126 below their column's largest.
     """
-    exponent = _exponents(matrix) if rows is None else _exponents(matrix) + rows[..., :, None]
-    top = exponent.max(-2)
-    top = jnp.where(top < _NONE // 2, 0, top)
+    each = exponents.exponent(matrix) if rows is None else exponents.exponent(matrix) + rows[..., :, None]
+    top = each.max(-2)
+    top = jnp.where(top < exponents.NONE // 2, 0, top)
     shift = -top[..., None, :] if rows is None else rows[..., :, None] - top[..., None, :]
-    return jnp.ldexp(matrix, shift), top
+    return exponents.scaled(matrix, shift), top
 
 
 @_register
@@ -184,8 +180,8 @@ class Diagonal:
 
     def balanced(self, rows: Array | None = None) -> tuple[Diagonal, Array]:
         """2^rows · J as a mantissa and one exponent an entry; rows and exponents int32 (..., n)."""
-        top = jnp.where(self.diagonal == 0, 0, jnp.frexp(self.diagonal)[1])
-        return Diagonal(jnp.ldexp(self.diagonal, -top)), top if rows is None else top + rows
+        top = jnp.where(self.diagonal == 0, 0, exponents.exponent(self.diagonal))
+        return Diagonal(exponents.scaled(self.diagonal, -top)), top if rows is None else top + rows
 
     def to_dense(self) -> Array:
         """The full matrix, (..., n, n)."""

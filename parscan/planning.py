@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass, replace
-from typing import Any
 
 import jax
 
 from parscan.jacobians import kind_of
 from parscan.jaxprs import Program, obstacle
-from parscan.methods import Chunked, Lax, Method, Sequential, Walk
+from parscan.methods import Chunked, Lax, Method, Walk
 from parscan.structure import Claim, Layout, layout_of
 
 logger = logging.getLogger("parscan")
@@ -28,8 +27,8 @@ class Plan:
         length: number of steps.
 
     Example:
-        >>> parscan.plan(f, init, xs).method  # doctest: +SKIP
-        Walk(segment=128)
+        >>> parscan.plan(f, init, xs, method="walk").length == len(xs)
+        True
     """
 
     kind: str
@@ -62,6 +61,8 @@ def plan_for(program: Program, length: int, method: Method | None, claim: Claim 
     Raises:
         ValueError: an explicit parallel method for a step that has none; the equation is named. A claim that does not fit.
     """
+    if isinstance(method, Lax):
+        return Plan("none", {}, method, "asked for", length), None
     problem = obstacle(program)
     if problem is not None:
         if method is not None and method.is_parallel:
@@ -71,8 +72,6 @@ def plan_for(program: Program, length: int, method: Method | None, claim: Claim 
         plan = Plan("none", {}, fallback, f"sequential, since {problem}", length)
         logger.debug("%s: %s", plan.method, plan.reason)
         return plan, None
-    if isinstance(method, Lax):
-        return Plan("none", {}, method, "asked for", length), None
     layout = layout_of(program, claim)
     blocks, width = layout.blocks, layout.width
     if method is None:

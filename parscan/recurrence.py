@@ -139,7 +139,7 @@ class _Traced:
 def _traced(f: Callable, init: Any, xs: Any, length: int | None, reverse: bool, unroll: int | bool, method: Method | None, claim: Claim | None) -> _Traced | None:
     """None where `lax.scan` would raise: let it, in its own words."""
     leaves = jax.tree.leaves(xs)
-    if not all(hasattr(x, "shape") and x.ndim for x in leaves):
+    if not callable(f) or not all(hasattr(x, "shape") and x.ndim for x in leaves):
         return None
     lengths = {x.shape[0] for x in leaves} | ({length} if length is not None else set())
     if len(lengths) != 1:

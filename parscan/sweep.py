@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from parscan import affine, prefix
+from parscan import affine, exponents, prefix
 from parscan.affine import Affine
 from parscan.jacobians import Jacobian, kind_of
 from parscan.methods import Associative, Chunked, Method, Sequential, Tree, Walk
@@ -133,8 +133,8 @@ class _Columns:
         *lead, width, n = self.columns.shape
         blocks = self.columns.reshape(*lead, width, n // width, width)
         largest = jnp.abs(blocks).max(-1)
-        top = jnp.where(largest == 0, 0, jnp.frexp(largest)[1])
-        mantissa = jnp.ldexp(blocks, -top[..., None]).reshape(self.columns.shape)
+        top = jnp.where(largest == 0, 0, exponents.exponent(largest))
+        mantissa = exponents.scaled(blocks, -top[..., None]).reshape(self.columns.shape)
         return _Columns(mantissa), top.swapaxes(-1, -2).reshape(*lead, n)
 
     def tree_flatten(self):

@@ -39,9 +39,10 @@ SECTIONS = sections(README.read_text())
 
 
 @pytest.fixture
-def jax_settings():
-    """Gives every JAX setting back its value."""
+def readers_settings():
+    """JAX in single precision, as a reader finds it; every setting gets its value back."""
     before = dict(jax.config.values)
+    jax.config.update("jax_enable_x64", False)
     yield
     for name, value in before.items():
         if jax.config.values[name] != value:
@@ -60,7 +61,7 @@ def test_headings_are_told_apart():
 
 
 @pytest.mark.parametrize("section", SECTIONS)
-def test_readme_section(section, tmp_path, monkeypatch, jax_settings):
+def test_readme_section(section, tmp_path, monkeypatch, readers_settings):
     monkeypatch.chdir(tmp_path)
     namespace = {"__name__": "__main__"}
     for before, code in SECTIONS[section]:
@@ -91,7 +92,7 @@ EXAMPLES = [test for name in MODULES for test in doctest.DocTestFinder(exclude_e
 
 
 @pytest.mark.parametrize("example", EXAMPLES, ids=lambda example: example.name)
-def test_docstring(example, jax_settings):
+def test_docstring(example, readers_settings):
     skipped = [e.source for e in example.examples if e.options.get(doctest.SKIP)]
     assert not skipped, f"an example that is not run says nothing: {skipped}"
     report: list[str] = []

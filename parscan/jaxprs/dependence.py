@@ -233,6 +233,20 @@ def _gather(eqn: Any, ins: list[Dependence]) -> list[Dependence]:
     return [_moved(ins[0], place.get)]
 
 
+def _scatter(eqn: Any, ins: list[Dependence]) -> list[Dependence]:
+    """What is updated stays where it is; of the updates, batching dimensions and windows of full size keep their indices."""
+    numbers, operand, updates = eqn.params["dimension_numbers"], eqn.invars[0].aval.shape, eqn.invars[2].aval.shape
+    if ins[1]:
+        return _mixed(eqn, ins)
+    batching = tuple(getattr(numbers, "operand_batching_dims", ()))
+    windows = [d for d in range(len(operand)) if d not in numbers.inserted_window_dims and d not in batching]
+    place: dict[int, int] = {u: d for d, u in zip(windows, numbers.update_window_dims, strict=True) if updates[u] == operand[d]}
+    outer = [u for u in range(len(updates)) if u not in numbers.update_window_dims]
+    for d, s in zip(batching, getattr(numbers, "scatter_indices_batching_dims", ()), strict=True):
+        place[outer[s]] = d
+    return [_join([ins[0], _moved(ins[2], place.get)])]
+
+
 def _reduce_window(eqn: Any, ins: list[Dependence]) -> list[Dependence]:
     params, rank = eqn.params, len(eqn.outvars[0].aval.shape)
     ones = (1,) * rank
@@ -353,6 +367,10 @@ _RULES: dict[str, Rule] = {
     "reshape": _reshape,
     "rev": _rev,
     "scan": _scan,
+    "scatter": _scatter,
+    "scatter-add": _scatter,
+    "scatter_add": _scatter,
+    "scatter_sub": _scatter,
     "slice": _same_size,
     "sort": _sort,
     "split": _split,

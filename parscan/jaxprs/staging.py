@@ -46,7 +46,8 @@ def staged(cross: Callable[[Any, Array], Array], data: Any, vector: jax.ShapeDty
     used = {v: None for eqn in linear_eqns for v in eqn.invars if isinstance(v, core.Var)}
     used.update((v, None) for v in body.outvars if isinstance(v, core.Var))
     residuals = [v for v in used if v in stepwise]
-    shared = list(dict.fromkeys(v for eqn in (*step_eqns, *linear_eqns) for v in eqn.invars if isinstance(v, core.Var) and v not in stepwise and v not in linear))
+    needed = [*(v for eqn in (*step_eqns, *linear_eqns) for v in eqn.invars), *body.outvars]
+    shared = list(dict.fromkeys(v for v in needed if isinstance(v, core.Var) and v not in stepwise and v not in linear))
 
     def part(invars, eqns, outvars):
         return core.jaxpr_as_fun(core.ClosedJaxpr(body.replace(constvars=(), invars=list(invars), outvars=list(outvars), eqns=eqns, debug_info=_no_names(body)), ()))
