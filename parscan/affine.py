@@ -16,13 +16,12 @@ from typing import Any, NamedTuple
 from jax import Array
 
 from parscan import exponents
-from parscan.jacobians import Jacobian
 
 
 class Affine(NamedTuple):
     """How a vector crosses one stretch of the chain, in the order of travel."""
 
-    matrix: Jacobian
+    matrix: Any  # a `Jacobian`, or while a chunk is folded, its columns
     exponent: Array | None  # int32 (..., n), or None: all zero, the matrix is a single step's own
     offset: Array  # (..., n)
 
@@ -38,7 +37,7 @@ def then(second: Affine, first: Affine) -> Affine:
 
     P₂ 2^e₂ P₁ 2^e₁: 2^e₂ P₁ is rescaled by column before it meets P₂, so nothing overflows on the way, and so is the product.
     """
-    outer = scaled(second)
+    outer: Any = scaled(second)  # of the same kind as `first`
     matrix, carried = first.matrix.balanced(rows=outer.exponent)
     matrix, grown = outer.matrix.after(matrix).balanced()
     exponent = carried + grown if first.exponent is None else first.exponent + carried + grown

@@ -158,7 +158,9 @@ def _check_activations(activations: Any) -> int:
     listed = ", ".join(f"{name}: {checks.describe(leaf)}" for name, leaf in named)
     fix = "parscan.forward(layer, params, x) returns them as needed"
     if not named or not all(checks.shape_of(leaf) for _, leaf in named) or len({checks.shape_of(leaf)[0] for _, leaf in named}) != 1:
-        raise ValueError(f"`activations` must be h_0 … h_L stacked on a leading axis of length L + 1, the same in every leaf; got {listed or 'no array'}. {fix}.")
+        raise ValueError(
+            f"`activations` must be h_0 … h_L stacked on a leading axis of length L + 1, the same in every leaf; got {listed or 'no array'}. {fix}."
+        )
     if any(checks.is_complex(leaf) for _, leaf in named):
         raise TypeError(f"`activations` must be real; got {listed}. Split complex states into real and imaginary parts.")
     if checks.shape_of(named[0][1])[0] == 0:
@@ -169,7 +171,9 @@ def _check_activations(activations: Any) -> int:
 def _cotangents(cotangent: Any, layer_cotangents: Any, activations: Any) -> list[Array]:
     """c_0 … c_L for the floating-point leaves, leading axis L + 1."""
     if cotangent is None and layer_cotangents is None:
-        raise ValueError("`cotangent` and `layer_cotangents` are both None: there is nothing to pull back. Give the loss's derivative at h_L, or at every layer.")
+        raise ValueError(
+            "`cotangent` and `layer_cotangents` are both None: there is nothing to pull back. Give the loss's derivative at h_L, or at every layer."
+        )
     states = jax.tree.leaves(activations)
     every = _matching("layer_cotangents", layer_cotangents, activations, lambda h: checks.shape_of(h))
     last = _matching("cotangent", cotangent, activations, lambda h: checks.shape_of(h)[1:])

@@ -100,17 +100,30 @@ def _sized(method: Method | None, A: Jacobian, count: int) -> Method:
 
 def _checked(A: Any, b: Any, h0: Any) -> tuple[Jacobian, Array, Array]:
     if type(A) not in _RANK:
-        raise TypeError(f"`A` must be parscan.Dense(...), parscan.Diagonal(...) or parscan.BlockDiagonal(...); got {type(A).__name__}. Wrap the array, e.g. parscan.Dense(A).")
+        raise TypeError(
+            f"`A` must be parscan.Dense(...), parscan.Diagonal(...) or parscan.BlockDiagonal(...); got {type(A).__name__}. "
+            "Wrap the array, e.g. parscan.Dense(A)."
+        )
     (leaf,) = jax.tree.leaves(A)
     for name, x in (("A", leaf), ("b", b), ("h0", h0)):
         if not checks.is_inexact(x) or checks.is_complex(x):
-            raise TypeError(f"`{name}` must be real floating-point; got {checks.describe(x)}. Cast integers; split complex numbers into real and imaginary parts.")
+            raise TypeError(
+                f"`{name}` must be real floating-point; got {checks.describe(x)}. Cast integers; split complex numbers into real and imaginary parts."
+            )
     rank, shape = _RANK[type(A)], checks.shape_of(leaf)
     n = A.size if len(shape) in (rank, rank + 1) else None
     square = rank == 1 or shape[-1:] == shape[-2:-1]
-    fits = n is not None and square and checks.shape_of(b)[1:] == (n,) and checks.shape_of(h0) == (n,) and (len(shape) == rank or shape[:1] == checks.shape_of(b)[:1])
+    fits = (
+        n is not None
+        and square
+        and checks.shape_of(b)[1:] == (n,)
+        and checks.shape_of(h0) == (n,)
+        and (len(shape) == rank or shape[:1] == checks.shape_of(b)[:1])
+    )
     if not fits:
         needs = {Dense: "(L, n, n) or (n, n)", Diagonal: "(L, n) or (n,)", BlockDiagonal: "(L, b, m, m) or (b, m, m), n = b·m"}[type(A)]
-        raise ValueError(f"`A`, `b`, `h0` must have the shapes {needs}, (L, n), (n,); got {shape}, {checks.shape_of(b)}, {checks.shape_of(h0)}. For a batch, use jax.vmap.")
+        raise ValueError(
+            f"`A`, `b`, `h0` must have the shapes {needs}, (L, n), (n,); got {shape}, {checks.shape_of(b)}, {checks.shape_of(h0)}. For a batch, use jax.vmap."
+        )
     dtype = jnp.result_type(leaf, b, h0)
     return jax.tree.map(lambda x: jnp.asarray(x, dtype), A), jnp.asarray(b, dtype), jnp.asarray(h0, dtype)

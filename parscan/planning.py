@@ -46,7 +46,9 @@ CPU_STATE = 1024  # B·n² up to which forming and walking beats a loop on a CPU
 ACCELERATOR_STATE = 2**18  # B·n² up to which chunk matrices are worth their products on an accelerator
 
 
-def plan_for(program: Program, length: int, method: Method | None, claim: Claim | None, *, fallback: Method, platform: str | None = None) -> tuple[Plan, Layout | None]:
+def plan_for(
+    program: Program, length: int, method: Method | None, claim: Claim | None, *, fallback: Method, platform: str | None = None
+) -> tuple[Plan, Layout | None]:
     """The plan for `length` steps of a program.
 
     Args:
@@ -67,7 +69,8 @@ def plan_for(program: Program, length: int, method: Method | None, claim: Claim 
     if problem is not None:
         if method is not None and method.is_parallel:
             raise ValueError(
-                f"`method={method!r}` cannot be used for this function: {problem}. Use method='auto', which leaves it to the sequential pass, or take that out of the function."
+                f"`method={method!r}` cannot be used for this function: {problem}. "
+                "Use method='auto', which leaves it to the sequential pass, or take that out of the function."
             )
         plan = Plan("none", {}, fallback, f"sequential, since {problem}", length)
         logger.debug("%s: %s", plan.method, plan.reason)

@@ -112,7 +112,16 @@ def associative(maps: Maps, start: Value, apply: Apply, then: Then, *, reverse: 
 
 
 def chunked(
-    steps: Maps, start: Value, *, size: int, identity: Callable[[int], Maps], extend: Then, cross: Apply, through: Callable[[Maps, Value], Value], reverse: bool = False, scan: Callable = lax.scan
+    steps: Maps,
+    start: Value,
+    *,
+    size: int,
+    identity: Callable[[int], Maps],
+    extend: Then,
+    cross: Apply,
+    through: Callable[[Maps, Value], Value],
+    reverse: bool = False,
+    scan: Callable = lax.scan,
 ) -> Value:
     """fold -> scan -> unfold over chunks of `size` steps.
 

@@ -136,7 +136,9 @@ class _Traced:
     out_tree: Any
 
 
-def _traced(f: Callable, init: Any, xs: Any, length: int | None, reverse: bool, unroll: int | bool, method: Method | None, claim: Claim | None) -> _Traced | None:
+def _traced(
+    f: Callable, init: Any, xs: Any, length: int | None, reverse: bool, unroll: int | bool, method: Method | None, claim: Claim | None
+) -> _Traced | None:
     """None where `lax.scan` would raise: let it, in its own words."""
     leaves = jax.tree.leaves(xs)
     if not callable(f) or not all(hasattr(x, "shape") and x.ndim for x in leaves):
@@ -156,8 +158,9 @@ def _traced(f: Callable, init: Any, xs: Any, length: int | None, reverse: bool, 
     if any((a.shape, a.dtype) != (b.shape, b.dtype) for a, b in zip(program.out_avals[0], program.avals[1], strict=True)):
         return None
     plan, layout = plan_for(program, count, method, claim, fallback=Lax())
-    handed_over = layout is None or isinstance(plan.method, Lax)
-    spec = None if handed_over else Recurrence(program, layout, plan.method, bool(reverse), count, unroll)
+    spec = None
+    if layout is not None and not isinstance(plan.method, Lax):
+        spec = Recurrence(program, layout, plan.method, bool(reverse), count, unroll)
     return _Traced(spec, plan, consts, flat, leaves, jax.tree.structure(out))
 
 

@@ -173,7 +173,9 @@ def layout_of(program: Program, structure: Claim | None) -> Layout:
     width = structure.size if isinstance(structure, Blocks) else 1 if structure == "diagonal" else max(sum(sizes), 1)
     assert width is not None
     if sum(sizes) % width:
-        raise ValueError(f"`structure=Blocks(size={width})` does not fit: the state has {sum(sizes)} coordinates ({_listed(carry)}), not a multiple of {width}.")
+        raise ValueError(
+            f"`structure=Blocks(size={width})` does not fit: the state has {sum(sizes)} coordinates ({_listed(carry)}), not a multiple of {width}."
+        )
     raveled = tuple(Part((i,), (tuple(range(len(shapes[i]))),), size, (1,)) for i, size in enumerate(sizes) if size)
     return Layout(shapes, dtypes, raveled, width)
 
@@ -261,8 +263,9 @@ def _group(first: int, axis: int, members: list[int], shapes: Sequence[tuple[int
         pending = False
         for new in members:
             for old, dims in outs[new].items():
-                if old in group and new not in group and dims[group[old]] is not MIXED:
-                    group[new], pending = dims[group[old]], True
+                moved = dims[group[old]] if old in group else MIXED
+                if new not in group and moved is not MIXED:
+                    group[new], pending = moved, True
                 if new in group and old not in group and group[new] in dims:
                     group[old], pending = dims.index(group[new]), True
     if set(group) != set(members):
@@ -276,7 +279,7 @@ def _merged(parts: list[Part]) -> tuple[Part, ...]:
     """Parts side by side, or joined into wider blocks where padding every block to the widest would cost more."""
     if len(parts) <= 1:
         return tuple(parts)
-    cost = {tuple(parts): sum(part.blocks for part in parts) * max(part.width for part in parts) ** 2}
+    cost: dict[tuple[Part, ...], int] = {tuple(parts): sum(part.blocks for part in parts) * max(part.width for part in parts) ** 2}
     if len({part.blocks for part in parts}) == 1:
         joined = _joined(parts, parts[0].blocks, [part.widths for part in parts])
         cost[(joined,)] = joined.blocks * joined.width**2

@@ -13,7 +13,7 @@ ever differentiated, no Jacobian is kept from the forward pass, and each directi
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -27,9 +27,6 @@ from parscan.jaxprs import Program, flops, staged
 from parscan.methods import Method
 from parscan.structure import Layout
 from parscan.sweep import Chain, sweep
-
-
-
 
 PIECES = 128  # partial sums for the cotangent of a shared constant
 
@@ -77,9 +74,7 @@ class Linearised(NamedTuple):
     def step(self, data: Any, consts: list[Any], state: list[Any], x: list[Any]) -> tuple[list[Any], list[Any]]:
         """One step as a function of the active leaves; `data` is that step's (states, xs), which fills in the others."""
         states, xs = data
-        new, ys = self.program(
-            _filled(self.consts, self.active_consts, consts), _filled(states, self._floats, state), _filled(xs, self.active_xs, x)
-        )
+        new, ys = self.program(_filled(self.consts, self.active_consts, consts), _filled(states, self._floats, state), _filled(xs, self.active_xs, x))
         return [new[i] for i in self._floats], [ys[i] for i in self.active_ys]
 
     @property
@@ -256,9 +251,7 @@ def solve_transposed(at: Linearised, c: Unknowns) -> Unknowns:
 
 def tangents(at: Linearised, r: Unknowns) -> Unknowns:
     """Solves A U = r: forward mode, differentiable to any order, transposed by JAX into `cotangents`."""
-    return lax.custom_linear_solve(
-        partial(_apply, at), _tied(r, _nothing(r)), lambda _, r: solve(at, r), transpose_solve=lambda _, c: solve_transposed(at, c)
-    )
+    return lax.custom_linear_solve(partial(_apply, at), _tied(r, _nothing(r)), lambda _, r: solve(at, r), transpose_solve=lambda _, c: solve_transposed(at, c))
 
 
 def cotangents(at: Linearised, c: Unknowns) -> Unknowns:

@@ -20,46 +20,118 @@ def backward(layer=LAYER, params=PARAMS, activations=ACTIVATIONS, cotangent=X, *
 
 
 CASES = {
-    "params without a layer axis": (lambda: backward(params={"w": jnp.float64(1.0)}), ValueError, r"`params` must be stacked.*params\['w'\]: float64\[\].*jnp.stack"),
-    "params of different lengths": (lambda: backward(params={"w": jnp.ones((5, 3, 3)), "b": jnp.ones((4, 3))}), ValueError, r"equally long.*params\['b'\]: float64\[4,3\].*params_axes"),
-    "params for another number of layers": (lambda: backward(params={"w": jnp.ones((4, 3, 3))}), ValueError, r"stacked for 4 layers, but the leading axis of `activations`.*says 5"),
+    "params without a layer axis": (
+        lambda: backward(params={"w": jnp.float64(1.0)}),
+        ValueError,
+        r"`params` must be stacked.*params\['w'\]: float64\[\].*jnp.stack",
+    ),
+    "params of different lengths": (
+        lambda: backward(params={"w": jnp.ones((5, 3, 3)), "b": jnp.ones((4, 3))}),
+        ValueError,
+        r"equally long.*params\['b'\]: float64\[4,3\].*params_axes",
+    ),
+    "params for another number of layers": (
+        lambda: backward(params={"w": jnp.ones((4, 3, 3))}),
+        ValueError,
+        r"stacked for 4 layers, but the leading axis of `activations`.*says 5",
+    ),
     "params_axes that are no prefix": (lambda: backward(params_axes={"v": 0}), ValueError, r"`params_axes` must be a prefix of `params`"),
     "params_axes other than 0 and None": (lambda: backward(params_axes=1), ValueError, r"`params_axes` may hold 0 \(stacked\) and None \(shared\); got 1"),
     "no length": (lambda: parscan.forward(LAYER, PARAMS, X, params_axes=None), ValueError, r"number of layers is unknown.*give `length`"),
     "length that disagrees": (lambda: parscan.forward(LAYER, PARAMS, X, length=7), ValueError, r"stacked for 5 layers, but `length` says 7"),
-    "activations without a leading axis": (lambda: backward(activations=jnp.float64(1.0)), ValueError, r"`activations` must be h_0 … h_L stacked.*float64\[\].*parscan.forward"),
-    "activations of different lengths": (lambda: backward(activations=(ACTIVATIONS, X)), ValueError, r"same in every leaf; got activations\[0\]: float64\[6,3\], activations\[1\]"),
+    "activations without a leading axis": (
+        lambda: backward(activations=jnp.float64(1.0)),
+        ValueError,
+        r"`activations` must be h_0 … h_L stacked.*float64\[\].*parscan.forward",
+    ),
+    "activations of different lengths": (
+        lambda: backward(activations=(ACTIVATIONS, X)),
+        ValueError,
+        r"same in every leaf; got activations\[0\]: float64\[6,3\], activations\[1\]",
+    ),
     "no activation": (lambda: backward(activations=jnp.ones((0, 3))), ValueError, r"must hold h_0 at least"),
-    "activations of another shape than the layer makes": (lambda: backward(layer=lambda p, h: h[:2], activations=jnp.ones((6, 3))), TypeError, r"A layer must return a state like the one it was given: h was float64\[3\] and became float64\[2\]"),
-    "activations of another dtype than the layer makes": (lambda: backward(activations=ACTIVATIONS.astype(jnp.float32), cotangent=X.astype(jnp.float32)), TypeError, r"h was float32\[3\] and became float64\[3\]"),
+    "activations of another shape than the layer makes": (
+        lambda: backward(layer=lambda p, h: h[:2], activations=jnp.ones((6, 3))),
+        TypeError,
+        r"A layer must return a state like the one it was given: h was float64\[3\] and became float64\[2\]",
+    ),
+    "activations of another dtype than the layer makes": (
+        lambda: backward(activations=ACTIVATIONS.astype(jnp.float32), cotangent=X.astype(jnp.float32)),
+        TypeError,
+        r"h was float32\[3\] and became float64\[3\]",
+    ),
     "complex activations": (lambda: backward(activations=ACTIVATIONS + 0j), TypeError, r"`activations` must be real; got activations: complex128\[6,3\]"),
-    "cotangent of another shape": (lambda: backward(cotangent=jnp.ones(4)), ValueError, r"`cotangent` must match the last activation h_L: cotangent is float64\[4\], where float64\[3\] is needed"),
+    "cotangent of another shape": (
+        lambda: backward(cotangent=jnp.ones(4)),
+        ValueError,
+        r"`cotangent` must match the last activation h_L: cotangent is float64\[4\], where float64\[3\] is needed",
+    ),
     "cotangent of another dtype": (lambda: backward(cotangent=jnp.ones(3, jnp.float32)), ValueError, r"cotangent is float32\[3\], where float64\[3\]"),
-    "cotangent of another structure": (lambda: backward(cotangent=(X,)), ValueError, r"`cotangent` must match the last activation h_L: `cotangent` has the structure PyTreeDef"),
-    "layer_cotangents one too short": (lambda: backward(layer_cotangents=jnp.ones((5, 3))), ValueError, r"`layer_cotangents` must match `activations`: layer_cotangents is float64\[5,3\], where float64\[6,3\]"),
+    "cotangent of another structure": (
+        lambda: backward(cotangent=(X,)),
+        ValueError,
+        r"`cotangent` must match the last activation h_L: `cotangent` has the structure PyTreeDef",
+    ),
+    "layer_cotangents one too short": (
+        lambda: backward(layer_cotangents=jnp.ones((5, 3))),
+        ValueError,
+        r"`layer_cotangents` must match `activations`: layer_cotangents is float64\[5,3\], where float64\[6,3\]",
+    ),
     "no cotangent at all": (lambda: backward(cotangent=None), ValueError, r"both None.*Give the loss's derivative"),
-    "a layer that changes the structure": (lambda: backward(layer=lambda p, h: (h, h)), TypeError, r"the layer's output has the structure PyTreeDef\(\(\*, \*\)\)"),
-    "a layer that changes a leaf of a dict": (lambda: parscan.forward(lambda p, h: {"a": h["a"], "b": h["b"][None]}, PARAMS, {"a": X, "b": X}), TypeError, r"h\['b'\] was float64\[3\] and became float64\[1,3\]"),
+    "a layer that changes the structure": (
+        lambda: backward(layer=lambda p, h: (h, h)),
+        TypeError,
+        r"the layer's output has the structure PyTreeDef\(\(\*, \*\)\)",
+    ),
+    "a layer that changes a leaf of a dict": (
+        lambda: parscan.forward(lambda p, h: {"a": h["a"], "b": h["b"][None]}, PARAMS, {"a": X, "b": X}),
+        TypeError,
+        r"h\['b'\] was float64\[3\] and became float64\[1,3\]",
+    ),
     "a layer that cannot be called": (lambda: backward(layer=3), TypeError, r"`layer` must be a callable"),
     "a chain of a layer that cannot be called": (lambda: parscan.chain(3), TypeError, r"`layer` must be a callable"),
-    "unknown method": (lambda: backward(method="fast"), ValueError, r"`method` must be one of 'auto', 'lax', 'sequential', 'walk', 'associative', 'tree', 'chunked'.*got 'fast'"),
+    "unknown method": (
+        lambda: backward(method="fast"),
+        ValueError,
+        r"`method` must be one of 'auto', 'lax', 'sequential', 'walk', 'associative', 'tree', 'chunked'.*got 'fast'",
+    ),
     "unknown method of scan": (lambda: parscan.scan(lambda h, x: (h, x), X, X, method="fast"), ValueError, r"`method` must be one of 'auto'"),
     "a method's class": (lambda: backward(method=parscan.Tree), TypeError, r"write `Tree\(\)`"),
     "a method of another type": (lambda: backward(method=3), TypeError, r"`method` must be one of"),
     "unknown structure": (lambda: backward(structure="sparse"), ValueError, r"`structure` must be 'auto', 'dense', 'diagonal', parscan.Blocks.*got 'sparse'"),
     "a structure of another type": (lambda: parscan.chain(LAYER, structure=8), TypeError, r"`structure` must be 'auto'"),
-    "a block size that does not divide": (lambda: backward(structure=parscan.Blocks(size=2), method="tree"), ValueError, r"Blocks\(size=2\)` does not fit: the state has 3 coordinates"),
-    "a block axis that is not there": (lambda: backward(structure=parscan.Blocks(axis=1), method="tree"), ValueError, r"Blocks\(axis=1\)` does not fit: every leaf of the state needs that axis; got float64\[3\]"),
+    "a block size that does not divide": (
+        lambda: backward(structure=parscan.Blocks(size=2), method="tree"),
+        ValueError,
+        r"Blocks\(size=2\)` does not fit: the state has 3 coordinates",
+    ),
+    "a block axis that is not there": (
+        lambda: backward(structure=parscan.Blocks(axis=1), method="tree"),
+        ValueError,
+        r"Blocks\(axis=1\)` does not fit: every leaf of the state needs that axis; got float64\[3\]",
+    ),
     "blocks by nothing": (lambda: parscan.Blocks(), ValueError, r"exactly one of `axis` and `size`"),
     "blocks of nothing": (lambda: parscan.Blocks(size=0), ValueError, r"must be an integer of at least 1; got 0"),
     "a chunk below 1": (lambda: parscan.Chunked(size=0), ValueError, r"`Chunked\(size=...\)` must be an integer of at least 1.*got 0"),
     "levels below 0": (lambda: parscan.Chunked(levels=-1), ValueError, r"`Chunked\(levels=...\)` must be an integer of at least 0"),
     "a segment below 1": (lambda: parscan.Walk(segment=0), ValueError, r"`Walk\(segment=...\)` must be an integer of at least 1.*got 0"),
     "a bare array as A": (lambda: parscan.linear_scan(jnp.ones((5, 3, 3)), jnp.ones((5, 3)), X), TypeError, r"`A` must be parscan.Dense.*Wrap the array"),
-    "shapes of linear_scan": (lambda: parscan.linear_scan(parscan.Dense(jnp.ones((5, 3, 3))), jnp.ones((4, 3)), X), ValueError, r"got \(5, 3, 3\), \(4, 3\), \(3,\)"),
+    "shapes of linear_scan": (
+        lambda: parscan.linear_scan(parscan.Dense(jnp.ones((5, 3, 3))), jnp.ones((4, 3)), X),
+        ValueError,
+        r"got \(5, 3, 3\), \(4, 3\), \(3,\)",
+    ),
     "matrices that are not square": (lambda: parscan.linear_scan(parscan.Dense(jnp.ones((5, 2, 3))), jnp.ones((5, 3)), X), ValueError, r"must have the shapes"),
-    "integers for linear_scan": (lambda: parscan.linear_scan(parscan.Diagonal(jnp.ones((5, 3), int)), jnp.ones((5, 3)), X), TypeError, r"`A` must be real floating-point; got int64\[5,3\]"),
-    "complex numbers for linear_scan": (lambda: parscan.linear_scan(parscan.Diagonal(jnp.ones((5, 3)) + 0j), jnp.ones((5, 3)), X), TypeError, r"real and imaginary parts"),
+    "integers for linear_scan": (
+        lambda: parscan.linear_scan(parscan.Diagonal(jnp.ones((5, 3), int)), jnp.ones((5, 3)), X),
+        TypeError,
+        r"`A` must be real floating-point; got int64\[5,3\]",
+    ),
+    "complex numbers for linear_scan": (
+        lambda: parscan.linear_scan(parscan.Diagonal(jnp.ones((5, 3)) + 0j), jnp.ones((5, 3)), X),
+        TypeError,
+        r"real and imaginary parts",
+    ),
 }
 
 
@@ -93,7 +165,10 @@ def test_scan_says_what_lax_scan_says(name, method):
     assert str(ours.value) == str(theirs.value)
 
 
-@pytest.mark.parametrize("call", [lambda f: parscan.scan(f, X, jnp.ones(3)), lambda f: parscan.forward(f, PARAMS, X), lambda f: parscan.chain(f)(PARAMS, X), lambda f: backward(layer=f)])
+@pytest.mark.parametrize(
+    "call",
+    [lambda f: parscan.scan(f, X, jnp.ones(3)), lambda f: parscan.forward(f, PARAMS, X), lambda f: parscan.chain(f)(PARAMS, X), lambda f: backward(layer=f)],
+)
 def test_an_error_in_the_users_function_is_shown_as_it_is(call):
     def f(*_):
         raise RuntimeError("my own trouble")

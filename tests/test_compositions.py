@@ -125,13 +125,42 @@ def transformed(name, run):
         "in scan": lambda w, s, x: jax.grad(lambda w: lax.scan(lambda s, _: (run(w, s, x)[0], loss(w, s, x)), s, None, length=3)[1].sum())(w),
         "in cond": lambda w, s, x: jax.grad(lambda w: lax.cond(s.sum() > -1e9, lambda w: loss(w, s, x), lambda w: 0.0 * w.sum(), w))(w),
         "in while_loop": lambda w, s, x: lax.while_loop(lambda c: c[0] < 2, lambda c: (c[0] + 1, c[1] - 0.01 * jax.grad(loss)(c[1], s, x)), (0, w))[1],
-        "jvp in while_loop": lambda w, s, x: jax.jvp(lambda w: lax.while_loop(lambda c: c[0] < 2, lambda c: (c[0] + 1, c[1] + 0.1 * loss(c[1], s, x)), (0, w))[1], (w,), directions(w)),
+        "jvp in while_loop": lambda w, s, x: jax.jvp(
+            lambda w: lax.while_loop(lambda c: c[0] < 2, lambda c: (c[0] + 1, c[1] + 0.1 * loss(c[1], s, x)), (0, w))[1], (w,), directions(w)
+        ),
     }[name]
 
 
-NAMES = ["value", "jit", "grad", "value_and_grad", "jit of grad", "vjp", "jvp", "jacfwd", "jacrev", "hessian", "hessian in weights", "grad of grad", "jvp of grad", "grad of jvp"] + [
-    "grad of jvp in weights alone", "linearize", "vmap over starts", "vmap over weights", "vmap over all", "vmap of grad", "vmap of grad over inputs", "grad of vmap", "vmap of hessian"
-] + ["checkpoint", "in scan", "in cond", "in while_loop", "jvp in while_loop"]  # fmt: skip
+NAMES = [
+    "value",
+    "jit",
+    "grad",
+    "value_and_grad",
+    "jit of grad",
+    "vjp",
+    "jvp",
+    "jacfwd",
+    "jacrev",
+    "hessian",
+    "hessian in weights",
+    "grad of grad",
+    "jvp of grad",
+    "grad of jvp",
+    "grad of jvp in weights alone",
+    "linearize",
+    "vmap over starts",
+    "vmap over weights",
+    "vmap over all",
+    "vmap of grad",
+    "vmap of grad over inputs",
+    "grad of vmap",
+    "vmap of hessian",
+    "checkpoint",
+    "in scan",
+    "in cond",
+    "in while_loop",
+    "jvp in while_loop",
+]
 
 
 @functools.cache

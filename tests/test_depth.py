@@ -104,7 +104,9 @@ def states_by_a_plain_scan(scan):
             _, states = lax.scan(lambda h, x: (f(h, x)[0], h), init, xs)
             step_dot = jax.vmap(lambda h, x, h_dot, x_dot: jax.jvp(f, (h, x), (h_dot, x_dot))[1])
             floats_dot = init_dot[0]
-            zero = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype) if jnp.issubdtype(s.dtype, jnp.floating) else jnp.zeros(s.shape, jax.dtypes.float0), states)
+            zero = jax.tree.map(
+                lambda s: jnp.zeros(s.shape, s.dtype) if jnp.issubdtype(s.dtype, jnp.floating) else jnp.zeros(s.shape, jax.dtypes.float0), states
+            )
             offsets = step_dot(states, xs, zero, xs_dot)[0][0]
             push = lambda h, x, v: jax.jvp(lambda g: f((g, h[1]), x)[0][0], (h[0],), (v,))[1]
             n = floats_dot.size
@@ -249,5 +251,3 @@ def test_f_is_traced_once():
 
     jax.grad(lambda h: parscan.scan(f, h, jnp.ones((20, 4, 3)), method="walk")[1].sum())(jnp.ones((4, 3)))
     assert len(calls) == 1
-
-

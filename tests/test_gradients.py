@@ -80,7 +80,20 @@ def test_grad_of_forward(method, kind, dtype, length):
     assert_close(grads(chain.params, chain.x), (params, states[0]), TOLERANCE[dtype])
 
 
-@pytest.mark.parametrize("method", [parscan.Chunked(1), parscan.Chunked(5), parscan.Chunked(5, 0), parscan.Chunked(5, 2), parscan.Chunked(100), parscan.Walk(1), parscan.Walk(5), parscan.Walk(32), parscan.Walk(100)])
+@pytest.mark.parametrize(
+    "method",
+    [
+        parscan.Chunked(1),
+        parscan.Chunked(5),
+        parscan.Chunked(5, 0),
+        parscan.Chunked(5, 2),
+        parscan.Chunked(100),
+        parscan.Walk(1),
+        parscan.Walk(5),
+        parscan.Walk(32),
+        parscan.Walk(100),
+    ],
+)
 @pytest.mark.parametrize("kind", KINDS)
 def test_sizes_that_do_and_do_not_divide_the_length(method, kind):
     chain = make_chain(kind, 64, "float64")

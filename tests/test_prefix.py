@@ -101,7 +101,7 @@ def test_chunked(size, reverse):
         def through(maps, value, counter=counter):
             return prefix.tree(maps, value, counter.apply, counter.then, reverse=reverse, walk=walk)
 
-        def identity(chunks):
+        def identity(chunks, length=length):
             lo = np.arange(chunks)[::-1] if reverse else np.arange(chunks)
             rest = length - chunks * size if reverse else 0  # in reverse, the rest is crossed before any chunk
             return Spans(lo * size + rest, lo * size + rest, np.full(chunks, 0))

@@ -16,6 +16,7 @@ import parscan
 RANDOM = np.random.default_rng(0)
 W = jnp.asarray(RANDOM.standard_normal((8, 8)) / 3)
 W24 = jnp.asarray(RANDOM.standard_normal((8, 24)) / 3)
+EYE = jnp.eye(8)
 V = jnp.asarray(RANDOM.standard_normal(8))
 
 
@@ -103,7 +104,7 @@ DENSE = {
     "straight-through round": (lambda h, x: jnp.tanh(round_through(h) @ W), V),
     "a rule that mixes what its function does not": (lambda h, x: secretly_mixing(h), V),
     "an identity matrix closed over": (lambda h, x: jnp.tanh(h @ jnp.eye(8) + x), V),
-    "an identity matrix, as a value": (lambda h, x, eye=jnp.eye(8): jnp.tanh(h @ eye + x), V),
+    "an identity matrix, as a value": (lambda h, x, eye=EYE: jnp.tanh(h @ eye + x), V),
     "batch statistics": (lambda h, x: jnp.tanh(h - h.mean(0)) @ W, BATCH),
     "transpose of a square state": (lambda h, x: jnp.tanh(h.T), W),
     "the state plus its transpose": (lambda h, x: jnp.tanh(h + h.T), W),
@@ -164,7 +165,16 @@ def test_gradients_with_one_dense_block(name):
 # --- claims -----------------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("claim, blocks", [("dense", {256: 1}), (parscan.Blocks(axis=0), {8: 32}), (parscan.Blocks(axis=-2), {8: 32}), (parscan.Blocks(size=8), {8: 32}), (parscan.Blocks(size=16), {16: 16})])
+@pytest.mark.parametrize(
+    "claim, blocks",
+    [
+        ("dense", {256: 1}),
+        (parscan.Blocks(axis=0), {8: 32}),
+        (parscan.Blocks(axis=-2), {8: 32}),
+        (parscan.Blocks(size=8), {8: 32}),
+        (parscan.Blocks(size=16), {16: 16}),
+    ],
+)
 def test_claims(claim, blocks):
     step, state, _ = FOUND["GRU"]
     xs = jnp.stack([X, X])
@@ -189,17 +199,41 @@ def test_a_wrong_claim_is_taken_at_its_word():
 
 # --- no missed dependency --------------------------------------------------------------------------------------------------------
 
-UNARY = [jnp.tanh, jnp.sin, lambda a: a * a, lambda a: -a, lambda a: jax.nn.softmax(a, axis=-1), lambda a: jnp.cumsum(a, axis=0), lambda a: a[::-1], lambda a: jnp.roll(a, 1, axis=1)] + [
-    lambda a: a - a.mean(0), lambda a: a - a.mean(1, keepdims=True), lambda a: a @ W[:4, :4], lambda a: W[:3, :3] @ a, lambda a: a.at[:, 0].multiply(2.0), lambda a: jnp.sort(a, axis=1),
-    lambda a: a.reshape(3, 2, 2).sum(2).repeat(2, axis=1), lambda a: a.reshape(4, 3).T, lambda a: jnp.where(a > 0, a, 0.1 * a), lambda a: a[:, ::-1], lambda a: a[jnp.array([2, 0, 1])],
-    lambda a: jnp.pad(a, ((0, 0), (1, 0)))[:, :-1], lambda a: lax.cond(a.sum() > 0, jnp.tanh, lambda b: b[::-1], a), lambda a: round_through(a) + a,
-    lambda a: lax.scan(lambda c, r: (c + r, c), jnp.zeros(4), a)[1], lambda a: jax.vmap(jnp.outer)(a, a).sum(1), lambda a: jnp.maximum(a, a.max(1, keepdims=True) * 0.5), lambda a: jnp.linalg.norm(a, axis=1, keepdims=True) * a,
-]  # fmt: skip
+UNARY = [
+    jnp.tanh,
+    jnp.sin,
+    lambda a: a * a,
+    lambda a: -a,
+    lambda a: jax.nn.softmax(a, axis=-1),
+    lambda a: jnp.cumsum(a, axis=0),
+    lambda a: a[::-1],
+    lambda a: jnp.roll(a, 1, axis=1),
+    lambda a: a - a.mean(0),
+    lambda a: a - a.mean(1, keepdims=True),
+    lambda a: a @ W[:4, :4],
+    lambda a: W[:3, :3] @ a,
+    lambda a: a.at[:, 0].multiply(2.0),
+    lambda a: jnp.sort(a, axis=1),
+    lambda a: a.reshape(3, 2, 2).sum(2).repeat(2, axis=1),
+    lambda a: a.reshape(4, 3).T,
+    lambda a: jnp.where(a > 0, a, 0.1 * a),
+    lambda a: a[:, ::-1],
+    lambda a: a[jnp.array([2, 0, 1])],
+    lambda a: jnp.pad(a, ((0, 0), (1, 0)))[:, :-1],
+    lambda a: lax.cond(a.sum() > 0, jnp.tanh, lambda b: b[::-1], a),
+    lambda a: round_through(a) + a,
+    lambda a: lax.scan(lambda c, r: (c + r, c), jnp.zeros(4), a)[1],
+    lambda a: jax.vmap(jnp.outer)(a, a).sum(1),
+    lambda a: jnp.maximum(a, a.max(1, keepdims=True) * 0.5),
+    lambda a: jnp.linalg.norm(a, axis=1, keepdims=True) * a,
+]
 BINARY = [jnp.add, jnp.multiply, lambda a, b: a * b.mean(0), lambda a, b: jnp.where(b > 0, a, b), lambda a, b: jnp.concatenate([a[:, :2], b[:, 2:]], 1)]
 
 
 @settings(max_examples=60, deadline=None)
-@given(st.lists(st.tuples(st.integers(0, len(UNARY) - 1), st.integers(0, len(BINARY) - 1), st.integers(0, 5)), min_size=1, max_size=5), st.integers(0, 2**31 - 1))
+@given(
+    st.lists(st.tuples(st.integers(0, len(UNARY) - 1), st.integers(0, len(BINARY) - 1), st.integers(0, 5)), min_size=1, max_size=5), st.integers(0, 2**31 - 1)
+)
 def test_nothing_outside_the_blocks(program, seed):
     """Random programs: every non-zero of the Jacobian lies inside a block of the proved layout."""
     from parscan.jaxprs import trace

@@ -137,7 +137,8 @@ def _fingerprint(jaxpr: AnyJaxpr) -> Hashable:
     body = open_jaxpr(jaxpr)
     heads = tuple((number(v), v.aval) for v in (*body.constvars, *body.invars))
     eqns = tuple(
-        (e.primitive, tuple((k, param(v)) for k, v in sorted(e.params.items())), tuple(map(atom, e.invars)), tuple((number(v), v.aval) for v in e.outvars)) for e in body.eqns
+        (e.primitive, tuple((k, param(v)) for k, v in sorted(e.params.items())), tuple(map(atom, e.invars)), tuple((number(v), v.aval) for v in e.outvars))
+        for e in body.eqns
     )
     return heads, eqns, tuple(map(atom, body.outvars))
 

@@ -50,7 +50,9 @@ def staged(cross: Callable[[Any, Array], Array], data: Any, vector: jax.ShapeDty
     shared = list(dict.fromkeys(v for v in needed if isinstance(v, core.Var) and v not in stepwise and v not in linear))
 
     def part(invars, eqns, outvars):
-        return core.jaxpr_as_fun(core.ClosedJaxpr(body.replace(constvars=(), invars=list(invars), outvars=list(outvars), eqns=eqns, debug_info=_no_names(body)), ()))
+        return core.jaxpr_as_fun(
+            core.ClosedJaxpr(body.replace(constvars=(), invars=list(invars), outvars=list(outvars), eqns=eqns, debug_info=_no_names(body)), ())
+        )
 
     constants = part(body.constvars, shared_eqns, shared)(*closed.consts)
     each = part([*shared, *body.invars[:-1]], step_eqns, residuals)
