@@ -1,0 +1,105 @@
+"""Long products: never non-finite where the sequential pass is finite, in `jvp` and in `grad`."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import lax
+from support import LOG_DEPTH
+
+import parscan
+
+METHODS = {**LOG_DEPTH, "walk": parscan.Walk(), "sequential": parscan.Sequential()}
+
+
+def linear(scan, matrices, start, read):
+    """Reads the final state of h' = M h + 0 x."""
+    final, _ = scan(lambda h, m: (m @ h, None), start, matrices)
+    return jnp.vdot(read, final)
+
+
+def repeated(matrix, times):
+    return jnp.broadcast_to(jnp.asarray(matrix, jnp.float32), (times, *np.shape(matrix)))
+
+
+def alternating(times):
+    up, down = np.diag([1e20, 1e-20]), np.diag([1e-20, 1e20])
+    return jnp.asarray(np.stack([up if i % 2 == 0 else down for i in range(times)]), jnp.float32)
+
+
+def expansion(times):
+    turns = np.linalg.qr(np.random.default_rng(0).standard_normal((times, 3, 3)))[0]
+    return jnp.asarray(2.0 * turns, jnp.float32)
+
+
+CASES = {
+    # matrices, start or its tangent, what is read at the end
+    "growth into one axis, read on the other": (repeated([[16, 1], [0, 1]], 128), (0.0, 0.0), (0.0, 1.0)),
+    "growth out of one axis": (repeated([[16, 0], [1, 1]], 128), (0.0, 1.0), (1.0, 1.0)),
+    "growth along one axis": (repeated(np.diag([16, 1]), 100), (0.0, 1.0), (0.0, 1.0)),
+    "steps of 1e20 and 1e-20": (alternating(64), (1.0, 1.0), (1.0, 1.0)),
+    "contraction to nothing": (repeated(np.diag([1e-3, 0.5]), 300), (1.0, 1.0), (1.0, 1.0)),
+    "expansion of a tiny vector": (expansion(120), (1e-30, 1e-31, -1e-30), (1e-30, 1e-30, 1e-31)),
+    "exactly singular": (repeated([[1, 1], [1, 1]], 30), (1.0, -1.0), (1.0, -1.0)),
+    "zero": (repeated(np.zeros((2, 2)), 30), (1.0, 1.0), (1.0, 1.0)),
+    "permutation": (repeated(np.roll(np.eye(5), 1, 0), 101), (1.0, 2.0, 3.0, 4.0, 5.0), (1.0, 0.0, 0.0, 0.0, 7.0)),
+}
+
+
+def both(scan, name, mode):
+    matrices, start, read = CASES[name]
+    start, read = jnp.asarray(start, jnp.float32), jnp.asarray(read, jnp.float32)
+    if mode == "grad":
+        return jax.grad(lambda s: linear(scan, matrices, s, read))(start)
+    return jax.jvp(lambda s: scan(lambda h, m: (m @ h, None), s, matrices)[0], (jnp.zeros_like(start),), (start,))[1]
+
+
+@pytest.mark.parametrize("mode", ["grad", "jvp"])
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("method", METHODS)
+def test_finite_and_equal(method, name, mode):
+    want = both(lax.scan, name, mode)
+    assert np.all(np.isfinite(want)), "a case where the sequential pass itself fails says nothing"
+    got = both(lambda *a: parscan.scan(*a, method=METHODS[method]), name, mode)
+    np.testing.assert_allclose(got, want, rtol=3e-5, atol=1e-37)
+
+
+def test_the_gradient_through_growth_is_exact():
+    for method in METHODS.values():
+        got = both(lambda *a, method=method: parscan.scan(*a, method=method), "growth into one axis, read on the other", "grad")
+        np.testing.assert_array_equal(got, [0.0, 1.0])
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_parallel_backward_through_growth(method):
+    matrices, _, read = CASES["growth into one axis, read on the other"]
+    grads = parscan.parallel_backward(lambda m, h: m @ h, matrices, jnp.zeros((129, 2), jnp.float32), jnp.asarray(read, jnp.float32), method=METHODS[method])
+    np.testing.assert_array_equal(grads.input, [0.0, 1.0])
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_linear_scan_through_growth(method):
+    matrices, _, read = CASES["growth into one axis, read on the other"]
+
+    def loss(start):
+        return jnp.vdot(jnp.asarray(read, jnp.float32), parscan.linear_scan(parscan.Dense(matrices), jnp.zeros((128, 2), jnp.float32), start, method=METHODS[method])[-1])
+
+    np.testing.assert_array_equal(jax.grad(loss)(jnp.zeros(2, jnp.float32)), [0.0, 1.0])
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_random_steps_of_many_magnitudes(method):
+    """The carry stays moderate, the steps do not: h' = s_i tanh(h / s_{i-1}) with s over sixteen decades."""
+    scales = jnp.asarray(10.0 ** np.random.default_rng(1).uniform(-8, 8, (201, 3)), jnp.float32)
+
+    def loss(scan):
+        def f(h, s):
+            return s[1] * jnp.tanh(h / s[0] + 0.1 * jnp.roll(h / s[0], 1)), None
+
+        return jax.grad(lambda h: jnp.sum(scan(f, h, (scales[:-1], scales[1:]))[0] / scales[-1]))(0.3 * scales[0])
+
+    want, got = loss(lax.scan), loss(lambda *a: parscan.scan(*a, method=METHODS[method]))
+    assert np.all(np.isfinite(want))
+    np.testing.assert_allclose(got, want, rtol=1e-4)

@@ -1,0 +1,62 @@
+"""The scripts do their job on a small scale, and complain in one line."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def run(script, *arguments):
+    return subprocess.run(
+        [sys.executable, str(ROOT / "scripts" / script), *map(str, arguments)], capture_output=True, text=True, timeout=300, env={**os.environ, "JAX_PLATFORMS": "cpu"}
+    )
+
+
+def test_train_on_real_series(tmp_path):
+    done = run("train.py", "--steps", 3, "--batch", 4, "--backward", "both", "--out", tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "largest difference of the loss curves" in done.stdout
+    assert (tmp_path / "train.png").stat().st_size > 10_000
+    assert json.loads((tmp_path / "train.json").read_text())
+
+
+@pytest.mark.parametrize("arguments", [("--steps", 0), ("--batch", 101), ("--width", -1), ("--cell", "xyz")])
+def test_train_complains_in_one_line(arguments, tmp_path):
+    done = run("train.py", *arguments, "--out", tmp_path)
+    assert done.returncode == 2
+    assert "Traceback" not in done.stderr
+    assert arguments[0] in done.stderr
+
+
+def test_bench_measures_what_it_says(tmp_path):
+    done = run("bench.py", "--row", "rnn:2:3", "--row", "gru:2:2", "--length", 16, "--pairs", 5, "--method", "tree", "--json", tmp_path / "bench.json")
+    assert done.returncode == 0, done.stderr
+    results = json.loads((tmp_path / "bench.json").read_text())["results"]
+    assert [r["row"] for r in results] == ["rnn:2:3", "gru:2:2"]
+    assert all(set(r["ratio"]) == {"lax", "sequential", "auto", "tree"} and r["ratio"]["lax"] == 1 for r in results)
+    assert all(max(r["gap"].values()) < 1e-4 for r in results)
+
+
+def test_bench_complains_in_one_line():
+    done = run("bench.py", "--row", "lstm:2")
+    assert done.returncode == 2 and "Traceback" not in done.stderr and "CELL:B:N" in done.stderr
+
+
+@pytest.mark.parametrize("script", ["train.py", "bench.py", "draw_tree.py"])
+def test_help_has_real_text(script):
+    done = run(script, "--help")
+    assert done.returncode == 0
+    assert len(done.stdout.splitlines()) > 6
+
+
+def test_the_picture_is_drawn_from_the_schedule(tmp_path):
+    done = run("draw_tree.py", "--out", tmp_path / "tree.png")
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "tree.png").stat().st_size > 10_000

@@ -1,0 +1,186 @@
+"""What `lax.scan` takes, `parscan.scan` takes, and gives the same values, dtypes and gradients."""
+
+from __future__ import annotations
+
+import collections
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from jax import lax
+from support import assert_close
+
+import parscan
+
+Point = collections.namedtuple("Point", ["a", "b"])
+START = jnp.array([[0.1, -0.4, 0.3], [0.2, 0.5, -0.6]])
+XS = jnp.sin(jnp.arange(42.0)).reshape(7, 2, 3)
+
+
+def keyed(carry, x):
+    h, key, i = carry
+    key, sub = jax.random.split(key)
+    h = jnp.tanh(h + x * jax.random.normal(sub, h.shape)) * jnp.where(i % 2 == 0, 1.0, 0.5)
+    return (h, key, i + 1), (h, i, sub)
+
+
+CASES = {
+    # name: (f, init, xs, options)
+    "nothing emitted": (lambda h, x: (jnp.tanh(h + x), None), START, XS, {}),
+    "the carry emitted": (lambda h, x: ((g := jnp.tanh(h + x)), g), START, XS, {}),
+    "the old carry emitted": (lambda h, x: (jnp.tanh(h + x), h), START, XS, {}),
+    "the carry emitted twice": (lambda h, x: ((g := jnp.tanh(h + x)), (g, g)), START, XS, {}),
+    "x emitted": (lambda h, x: (jnp.tanh(h + x), x), START, XS, {}),
+    "constants emitted": (lambda h, x: (jnp.tanh(h + x), (1.0, jnp.arange(3))), START, XS, {}),
+    "in reverse": (lambda h, x: ((g := jnp.tanh(h[::-1] + x)), (g, h.sum())), START, XS, {"reverse": True}),
+    "no xs": (lambda h, _: (jnp.tanh(1.1 * h), h), START, None, {"length": 5}),
+    "no steps": (lambda h, x: (jnp.tanh(h + x), h), START, XS[:0], {}),
+    "one step": (lambda h, x: (jnp.tanh(h + x), h), START, XS[:1], {}),
+    "unrolled": (lambda h, x: (jnp.tanh(h + x), h), START, XS, {"unroll": 3}),
+    "unrolled wholly": (lambda h, x: (jnp.tanh(h + x), h), START, XS, {"unroll": True}),
+    "a dict and a tuple": (lambda c, x: ({"a": c["b"][0] + x["u"], "b": (jnp.sin(c["a"]), None)}, x), {"a": START, "b": (START, None)}, {"u": XS, "v": ()}, {}),
+    "a namedtuple": (lambda c, x: (Point(c.b * x, c.a), c), Point(START, 2 * START), XS, {}),
+    "leaves exchanged": (lambda c, x: ((c[1], c[0]), c[0] * x), (START, 2 * START), XS, {}),
+    "a key, a counter, a state": (keyed, (START, jax.random.key(0), jnp.int32(0)), XS, {}),
+    "a boolean": (lambda c, x: ((jnp.where(c[1], c[0] * x, c[0]), ~c[1]), c[1]), (START, jnp.bool_(True)), XS, {}),
+    "integer xs": (lambda h, x: (jnp.tanh(h * x), h), START, jnp.arange(7), {}),
+    "key xs": (lambda h, k: (jnp.tanh(h + jax.random.normal(k, h.shape)), h), START, jax.random.split(jax.random.key(1), 7), {}),
+    "a leaf that nothing changes": (lambda c, x: ((jnp.tanh(c[0] * c[1]), c[1]), None), (START, 0.5 * START), XS, {}),
+    "a leaf that is overwritten": (lambda c, x: ((jnp.tanh(c[0] + x), x), c[1]), (START, START), XS, {}),
+    "stopped gradients": (lambda h, x: (jnp.tanh(h + lax.stop_gradient(h) * x), h), START, XS, {}),
+    "a scalar carry": (lambda h, x: (jnp.tanh(h * x.sum()), h), jnp.float64(0.3), XS, {}),
+    "a carry of three axes": (lambda h, x: (jnp.tanh(jnp.einsum("abc,cd->abd", h, jnp.outer(x[0], x[1]))), None), jnp.stack([START, -START]), XS, {}),
+    "an empty leaf": (lambda c, x: ((jnp.tanh(c[0] + x), c[1]), None), (START, jnp.zeros((0, 3))), XS, {}),
+    "mixed precisions": (lambda c, x: ((jnp.tanh(c[0] + x + c[1].astype(c[0].dtype)), (c[1] * 0.5 + x.sum()).astype(jnp.float32)), c), (START, START.astype(jnp.float32)), XS, {}),
+    "custom_jvp functions": (lambda h, x: (jax.nn.relu(h + x) + jax.nn.silu(h), jax.nn.softplus(h)), START, XS, {}),
+    "checkpoint inside": (lambda h, x: (jax.checkpoint(lambda h: jnp.tanh(jnp.sin(h) + x))(h), h), START, XS, {}),
+    "linear algebra inside": (lambda h, x: (jnp.linalg.solve(jnp.eye(2) * 3 + h @ h.T, x), jnp.linalg.norm(h)), START, XS, {}),
+}
+
+
+def floats(tree):
+    leaves, structure = jax.tree.flatten(tree)
+    where = [jnp.issubdtype(jnp.asarray(leaf).dtype if not hasattr(leaf, "dtype") else leaf.dtype, jnp.floating) for leaf in leaves]
+
+    def rebuild(some):
+        rest = iter(some)
+        return jax.tree.unflatten(structure, [next(rest) if is_float else leaf for leaf, is_float in zip(leaves, where, strict=True)])
+
+    return [leaf for leaf, is_float in zip(leaves, where, strict=True) if is_float], rebuild
+
+
+def everything(scan, name, **extra):
+    """Values, gradients and tangents."""
+    f, init, xs, options = CASES[name]
+    start, rebuild_init = floats(init)
+    inputs, rebuild_xs = floats(xs)
+
+    def outputs(start, inputs):
+        out = scan(f, rebuild_init(start), rebuild_xs(inputs), **options, **extra)
+        return out, floats(out)[0]
+
+    out = outputs(start, inputs)[0]
+    grads = jax.grad(lambda *a: sum(jnp.sum(jnp.cos(leaf)).astype(float) for leaf in outputs(*a)[1]), (0, 1))(start, inputs)
+    tangents = jax.jvp(lambda *a: outputs(*a)[1], (start, inputs), (start, inputs))[1]
+    return out, (grads, tangents)
+
+
+@pytest.mark.parametrize("method", ["auto", "tree", "walk"])
+@pytest.mark.parametrize("name", CASES)
+def test_like_lax_scan(name, method):
+    (got, got_derivatives), (want, want_derivatives) = everything(parscan.scan, name, method=method), everything(lax.scan, name)
+    assert jax.tree.structure(got) == jax.tree.structure(want)
+    for g, w in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        assert (g.shape, g.dtype, g.weak_type) == (w.shape, w.dtype, w.weak_type)
+        plain = (lambda a: jax.random.key_data(a)) if jnp.issubdtype(g.dtype, jax.dtypes.prng_key) else (lambda a: a)
+        np.testing.assert_array_equal(plain(g), plain(w))
+    assert_close(got_derivatives, want_derivatives, 1e-5 if name == "mixed precisions" else 1e-10)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("method", ["tree", "walk", "chunked", "sequential"])
+def test_half_precision(dtype, method):
+    def grads(scan, dtype):
+        start, xs = START.astype(dtype), XS.astype(dtype)
+        return jax.grad(lambda h, x: scan(lambda h, x: (jnp.tanh(h + x), h), h, x)[0].astype(jnp.float32).sum(), (0, 1))(start, xs)
+
+    got = grads(lambda *a: parscan.scan(*a, method=method), dtype)
+    assert all(leaf.dtype == dtype for leaf in got)
+    assert_close(got, grads(lax.scan, "float64"), 0.03)
+
+
+@pytest.mark.parametrize("init", [0.0, 1, (0.0, jnp.ones(3))])
+def test_weak_types_are_promoted_as_by_lax_scan(init):
+    f = lambda h, x: (jax.tree.map(lambda leaf: leaf * 0.5 + x, h), h)
+    got, want = (scan(f, init, jnp.ones(5, jnp.float32)) for scan in (parscan.scan, lax.scan))
+    for g, w in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        assert (g.dtype, g.weak_type) == (w.dtype, w.weak_type)
+        np.testing.assert_array_equal(g, w)
+
+
+def test_integer_leaves_of_parallel_backward_have_float0_gradients():
+    def layer(p, h):
+        return {"x": jnp.tanh(h["x"] * p["w"] + p["i"]), "n": h["n"] + 1}
+
+    params = {"w": jnp.ones((4, 3)), "i": jnp.arange(4)}
+    state = {"x": jnp.ones(3), "n": jnp.int32(0)}
+    y, activations = parscan.forward(layer, params, state)
+    cotangent = {"x": jnp.ones(3), "n": np.zeros((), jax.dtypes.float0)}
+    for run in (lambda f: f, jax.jit):
+        grads = run(lambda a: parscan.parallel_backward(layer, params, a, cotangent))(activations)
+        assert grads.params["i"].dtype == jax.dtypes.float0 and grads.params["i"].shape == (4,)
+        assert grads.activations["n"].dtype == jax.dtypes.float0 and grads.activations["n"].shape == (5,)
+    want = jax.grad(lambda w: lax.scan(lambda h, p: (layer(p, h), None), state, {"w": w, "i": params["i"]})[0]["x"].sum())(params["w"])
+    assert_close(grads.params["w"], want, 1e-12)
+    assert y["n"] == 4
+
+
+def test_chain_equals_scan():
+    layer = lambda p, h: jnp.tanh(h @ p)
+    params = jnp.sin(jnp.arange(63.0)).reshape(7, 3, 3)
+    np.testing.assert_array_equal(parscan.chain(layer)(params, START), parscan.scan(lambda h, p: (layer(p, h), None), START, params)[0])
+
+
+def test_chain_of_one_shared_layer():
+    layer = lambda p, h: jnp.tanh(h @ p["w"])
+    params = {"w": jnp.sin(jnp.arange(9.0)).reshape(3, 3)}
+    apply = parscan.chain(layer, params_axes=None, length=6, method="tree")
+    want = jax.grad(lambda p: lax.scan(lambda h, _: (layer(p, h), None), START, None, length=6)[0].sum())(params)
+    assert_close(jax.grad(lambda p: apply(p, START).sum())(params), want, 1e-12)
+
+
+STEPS = [jnp.sin, jnp.tanh, lambda h: h * 0.9, lambda h: h @ jnp.cos(jnp.arange(9.0)).reshape(3, 3) * 0.4, lambda h: h - h.mean(0), lambda h: h[::-1], lambda h: jnp.roll(h, 1, 1), jax.nn.softplus]
+
+
+@settings(max_examples=12, deadline=None)
+@given(
+    st.lists(st.integers(0, len(STEPS) - 1), min_size=1, max_size=4),
+    st.integers(0, 13),
+    st.booleans(),
+    st.sampled_from(["walk", "tree", "associative", "sequential", parscan.Chunked(2), parscan.Walk(3), "auto"]),
+    st.sampled_from(["grad", "jvp", "vmap of grad", "checkpoint"]),
+)
+def test_random_steps(steps, length, reverse, method, transformation):
+    xs = jnp.sin(jnp.arange(length * 6.0)).reshape(length, 2, 3)
+
+    def loss(scan, **options):
+        def f(h, x):
+            for step in steps:
+                h = STEPS[step](h) + 0.3 * x
+            return h, h.sum()
+
+        def value(h, xs):
+            final, ys = scan(f, h, xs, reverse=reverse, **options)
+            return jnp.sum(final**2) + jnp.sum(jnp.sin(ys))
+
+        return {
+            "grad": lambda: jax.grad(value, (0, 1))(START, xs),
+            "jvp": lambda: jax.jvp(value, (START, xs), (START, xs)),
+            "vmap of grad": lambda: jax.vmap(jax.grad(value), (0, None))(jnp.stack([START, -START]), xs),
+            "checkpoint": lambda: jax.grad(jax.checkpoint(value), (0, 1))(START, xs),
+        }[transformation]()
+
+    assert_close(loss(parscan.scan, method=method), loss(lax.scan), 1e-9)
