@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from parscan import checks, prefix, system
-from parscan.jaxprs import Program, has_effects, slice_spec, trace
+from parscan.jaxprs import Flat, Program, being_staged, has_effects, slice_spec, trace
 from parscan.methods import Lax, Method, Sequential, parse_method
 from parscan.planning import Plan, plan_for
 from parscan.stacking import Stacked, check_state, split_params
@@ -39,7 +39,7 @@ class Gradients:
     @property
     def input(self) -> Any:
         """∂/∂x: the accumulated gradient at h_0."""
-        return jax.tree.map(lambda g: g[0], self.activations)
+        return jax.tree.map(lambda g: checks.float0_zeros(g.shape[1:]) if g.dtype == jax.dtypes.float0 else g[0], self.activations)
 
 
 def parallel_backward(
@@ -95,14 +95,15 @@ def parallel_backward(
 
     program, consts, _ = trace(
         lambda shared, h, p: check_state(h, layer(stacked.join(p, shared), h)),
-        stacked.shared,
-        jax.tree.map(slice_spec, activations),
-        [slice_spec(leaf) for leaf in stacked.leaves],
+        Flat.of(stacked.shared),
+        Flat([slice_spec(leaf) for leaf in states], tree),
+        Flat.of([slice_spec(leaf) for leaf in stacked.leaves]),
     )
     plan, layout = plan_for(program, count, parsed, claim, fallback=Sequential())
     by_jax = isinstance(plan.method, Lax) or (layout is None and has_effects(program))
     spec = Backward(program, None if by_jax else layout or layout_of(program, "dense"), plan.method, len(consts) - len(stacked.shared), layout is not None)
-    to_shared, to_stacked, to_states = _compiled(spec, consts, stacked.leaves, states, cotangents)
+    run = _run if being_staged() else _compiled
+    to_shared, to_stacked, to_states = run(spec, consts, stacked.leaves, states, cotangents)
 
     return Gradients(_as_params(stacked, to_stacked, to_shared), jax.tree.unflatten(tree, _scattered(states, to_states)), plan)
 
@@ -118,8 +119,7 @@ class Backward:
     differentiable: bool
 
 
-@partial(jax.jit, static_argnums=0)
-def _compiled(spec: Backward, consts: list, xs: list, states: list, cotangents: list) -> tuple[list, list, list]:
+def _run(spec: Backward, consts: list, xs: list, states: list, cotangents: list) -> tuple[list, list, list]:
     """Gradients of the floating-point leaves: shared parameters, stacked parameters, activations."""
     program, entering = spec.program, [h[:-1] for h in states]
     shared = tuple(i for i in range(spec.closed_over, len(consts)) if checks.is_inexact(consts[i]))
@@ -127,9 +127,12 @@ def _compiled(spec: Backward, consts: list, xs: list, states: list, cotangents: 
     if spec.layout is None:
         return _by_jax(program, consts, xs, entering, cotangents, shared, inputs)
     at = system.Linearised(program, spec.layout, spec.method, False, consts, xs, entering, shared, inputs, ())
-    right = system.zeros(at, entering[0].shape[0])._replace(states=spec.layout.to_vector(cotangents))
+    right = system.zeros(at, entering[0].shape[0])._replace(states=cotangents)
     found = system.cotangents(at, right) if spec.differentiable else system.solve_transposed(at, right)
-    return found.consts, found.xs, spec.layout.from_vector(found.states)
+    return found.consts, found.xs, found.states
+
+
+_compiled = jax.jit(_run, static_argnums=0)
 
 
 def _by_jax(program: Program, consts: list, xs: list, entering: list, cotangents: list, shared: tuple, inputs: tuple) -> tuple[list, list, list]:

@@ -24,7 +24,8 @@ def exponent(x: Array) -> Array:
 def scaled(x: Array, e: Array) -> Array:
     """x · 2^e; 0 · 2^e is 0 whatever e.  x: float32 or float64; e: int32, of shapes that broadcast."""
     most = int(jnp.finfo(x.dtype).maxexp) - 1
-    e = jnp.clip(e, -2 * most, 2 * most)
+    # Behind a barrier: of constant exponents XLA would make one factor, c₁ · c₂, which is zero or infinite.
+    e = lax.optimization_barrier(jnp.clip(e, -2 * most, 2 * most))
     half = e >> 1
     grown = x * _power(half, x.dtype) * _power(e - half, x.dtype)
     return jnp.where(e < 4 - 2 * most, jnp.zeros_like(x), grown)

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import jax
 
 from parscan.jacobians import kind_of
-from parscan.jaxprs import Program, obstacle
+from parscan.jaxprs import Program, flops, obstacle
 from parscan.methods import Chunked, Lax, Method, Walk
 from parscan.structure import Claim, Layout, layout_of
 
@@ -43,6 +43,8 @@ class Plan:
 
 SEGMENT = 128  # steps whose Jacobians a walk forms at once
 CPU_STATE = 1024  # B·n² up to which forming and walking beats a loop on a CPU
+CPU_BLOCKS = 64  # blocks up to which it does
+CPU_STEP = 32  # operations of a step, to each entry of its Jacobian, up to which forming it is cheap
 ACCELERATOR_STATE = 2**18  # B·n² up to which chunk matrices are worth their products on an accelerator
 
 
@@ -77,8 +79,10 @@ def plan_for(
         return plan, None
     layout = layout_of(program, claim)
     blocks, width = layout.blocks, layout.width
+    if layout.size == 0:
+        return Plan("none", {}, fallback, "nothing in the state is differentiable", length), None
     if method is None:
-        method, reason = _chosen(length, blocks, width, fallback, platform or jax.default_backend())
+        method, reason = _chosen(program, length, blocks, width, fallback, platform or jax.default_backend())
     else:
         reason = "asked for"
     plan = Plan(kind_of(blocks, width).__name__, {width: blocks} if width else {}, sized(method, length, width), reason, length)
@@ -86,15 +90,19 @@ def plan_for(
     return plan, layout
 
 
-def _chosen(length: int, blocks: int, width: int, fallback: Method, platform: str) -> tuple[Method, str]:
+def _chosen(program: Program, length: int, blocks: int, width: int, fallback: Method, platform: str) -> tuple[Method, str]:
     """The rule behind `method="auto"`; README, *When it pays*, has the figures it follows."""
     state, name = blocks * width**2, f"{blocks} block{'s' if blocks != 1 else ''} of {width}"
-    if length < 2 or state == 0:
+    if length < 2:
         return fallback, "nothing to combine"
+    if program.recomputes:
+        return fallback, "a `jax.checkpoint` in the step asks for little memory, which batching all steps would not keep to"
     if platform == "cpu":
         if blocks == 1 or width == 1:
             return fallback, f"{name} on a CPU: XLA fuses each step of the loop into one kernel"
-        if state <= CPU_STATE:
+        if flops(program.jaxpr) > CPU_STEP * state:
+            return fallback, f"{name} on a CPU: a step does so much more than its {state} derivatives that forming them costs more than a loop"
+        if state <= CPU_STATE and blocks <= CPU_BLOCKS:
             return Walk(), f"{name} on a CPU: forming their Jacobians and walking them is cheaper than a loop of VJPs"
         return fallback, f"{name} on a CPU: the arithmetic of matrix products outweighs the loop's overhead"
     if state <= ACCELERATOR_STATE and length >= 64:

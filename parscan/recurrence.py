@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -9,11 +10,11 @@ from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
-from jax import lax
+from jax import Array, lax
 from jax.custom_derivatives import SymbolicZero, zero_from_primal
 
 from parscan import checks, prefix, system
-from parscan.jaxprs import Program, slice_spec, trace
+from parscan.jaxprs import Flat, Program, being_staged, slice_spec, trace
 from parscan.methods import Lax, Method, parse_method
 from parscan.planning import Plan, plan_for
 from parscan.stacking import check_state, split_params
@@ -33,7 +34,7 @@ class Recurrence:
     method: Method
     reverse: bool
     length: int
-    unroll: int | bool
+    unroll: int
 
 
 # --- the forward loop and its derivative ----------------------------------------------------------------------------------
@@ -42,22 +43,46 @@ class Recurrence:
 @partial(jax.custom_jvp, nondiff_argnums=(0,))
 def _run(spec: Recurrence, consts: list, init: list, xs: list) -> tuple[list, list]:
     """The final carry and the ys: a plain `lax.scan` where nothing is differentiated."""
-    return tuple(lax.scan(lambda h, x: spec.program(consts, h, x), init, xs, spec.length, spec.reverse, spec.unroll))  # type: ignore[return-value]
+    outs = lax.scan(lambda h, x: spec.program(consts, h, x), init, xs, spec.length, spec.reverse, spec.unroll)
+    return _evenly(outs, (consts, init, xs))
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(0,))
 def _run_stored(spec: Recurrence, consts: list, init: list, xs: list) -> tuple[list, list, list]:
-    """The same, and the carry entering each step. Its own derivative is the same rule, so that every order stays parallel."""
-    forwarded = spec.program.forwarded
+    """The same, and the carry entering each step. Its own derivative is the same rule, so that every order stays parallel.
+
+    A leaf of the carry that f also emits is stacked once.
+    """
+    emitted = {source: i for i, source in enumerate(spec.program.forwarded) if source is not None}
 
     def step(h, x):
         new, ys = spec.program(consts, h, x)
-        return new, ([y for y, source in zip(ys, forwarded, strict=True) if source is None], h)
+        return new, (ys, [leaf for i, leaf in enumerate(h) if i not in emitted])
 
-    final, (made, entering) = lax.scan(step, init, xs, spec.length, spec.reverse, spec.unroll)
-    leaving = prefix.leaving(_boundaries(final, entering, not spec.reverse), spec.reverse) if any(s is not None for s in forwarded) else []
-    rest = iter(made)
-    return final, [next(rest) if source is None else leaving[source] for source in forwarded], entering
+    final, (ys, rest) = lax.scan(step, init, xs, spec.length, spec.reverse, spec.unroll)
+    others = iter(rest)
+    entering = [_shifted(init[i], ys[emitted[i]], spec.reverse) if i in emitted else next(others) for i in range(len(init))]
+    return _evenly((final, ys, entering), (consts, init, xs))
+
+
+def _shifted(start: Array, leaving: Array, reverse: bool) -> Array:
+    """What enters each step, from what enters the first and what leaves each."""
+    if leaving.shape[0] == 0:
+        return leaving
+    parts = [leaving[1:], start[None]] if reverse else [start[None], leaving[:-1]]
+    return jnp.concatenate(parts)
+
+
+def _evenly(outs: Any, ins: Any) -> Any:
+    """The same values, each of which depends, formally, on every input, and has its batch axis first.
+
+    `jax.vmap` keeps a `custom_jvp` function and its rule side by side and trusts them to batch their outputs alike, whichever runs.
+    The two compute by different operations, so that must be forced: a select between a value and itself follows the
+    inputs, and an axis put on and taken off again leaves the batch in front. XLA removes both.
+    """
+    floats = [leaf for leaf in jax.tree.leaves(ins) if checks.is_inexact(leaf)]
+    follows = sum((jnp.real(leaf.ravel()[:0]).sum().astype(jnp.float32) for leaf in floats), jnp.float32(0)) == 0
+    return jax.tree.map(lambda leaf: lax.squeeze(lax.expand_dims(jnp.where(follows, leaf, leaf), (0,)), (0,)), outs)
 
 
 def _boundaries(start: list, rest: list, reverse: bool) -> list:
@@ -85,7 +110,7 @@ def _derivative(spec: Recurrence, primals: tuple, tangents: tuple) -> tuple[tupl
     )
     rhs = system.zeros(at, spec.length)
     start = [jnp.zeros_like(h) if isinstance(d, SymbolicZero) else d for h, d in zip(init, init_dot, strict=True) if checks.is_inexact(h)]
-    states = prefix.boundaries(spec.layout.to_vector(start), prefix.leaving(rhs.states, spec.reverse), spec.reverse)
+    states = prefix.boundaries(start, prefix.leaving(rhs.states, spec.reverse), spec.reverse)
     rhs = rhs._replace(consts=[consts_dot[i] for i in at.active_consts], xs=[xs_dot[i] for i in at.active_xs], states=states)
     solved = system.tangents(at, rhs)
 
@@ -93,10 +118,9 @@ def _derivative(spec: Recurrence, primals: tuple, tangents: tuple) -> tuple[tupl
         rest = iter(floats)
         return [next(rest) if checks.is_inexact(h) else zero_from_primal(h, symbolic_zeros=True) for h in like]
 
-    from_states = spec.layout.from_vector
-    final_dot = scattered(final, from_states(prefix.first(solved.states, not spec.reverse)))
-    entering_dot = scattered(entering, from_states(prefix.entering(solved.states, spec.reverse)))
-    leaving_dot = scattered(entering, from_states(prefix.leaving(solved.states, spec.reverse)))
+    final_dot = scattered(final, prefix.first(solved.states, not spec.reverse))
+    entering_dot = scattered(entering, prefix.entering(solved.states, spec.reverse))
+    leaving_dot = scattered(entering, prefix.leaving(solved.states, spec.reverse))
     made = dict(zip(at.active_ys, solved.ys, strict=True))
     ys_dot = [
         leaving_dot[source] if source is not None else made[i] if i in made else zero_from_primal(y, symbolic_zeros=True)
@@ -124,6 +148,10 @@ _run_stored_compiled = jax.jit(_run_stored, static_argnums=0)
 # --- tracing and planning ---------------------------------------------------------------------------------------------
 
 
+class _NotAScan(Exception):
+    """What f returns is not what `lax.scan` takes."""
+
+
 @dataclass
 class _Traced:
     """A scan whose function has been traced and planned. `spec` is None if it is left to JAX."""
@@ -140,28 +168,35 @@ def _traced(
     f: Callable, init: Any, xs: Any, length: int | None, reverse: bool, unroll: int | bool, method: Method | None, claim: Claim | None
 ) -> _Traced | None:
     """None where `lax.scan` would raise: let it, in its own words."""
-    leaves = jax.tree.leaves(xs)
+    leaves, xs_tree = jax.tree.flatten(xs)
     if not callable(f) or not all(hasattr(x, "shape") and x.ndim for x in leaves):
         return None
-    lengths = {x.shape[0] for x in leaves} | ({length} if length is not None else set())
+    lengths = {x.shape[0] for x in leaves} | ({operator.index(length)} if length is not None else set())
     if len(lengths) != 1:
         return None
     (count,) = lengths
-    specs = jax.tree.map(slice_spec, xs)
-    flat, tree = jax.tree.flatten(init)
-    promoted = True
-    while promoted:  # at most twice: a weakly typed carry takes the type that comes out, as in lax.scan
-        program, consts, out = trace(lambda _, h, x: f(h, x), (), jax.tree.unflatten(tree, flat), specs)
-        if not isinstance(out, tuple) or len(out) != 2 or jax.tree.structure(out[0]) != tree:
-            return None
-        flat, promoted = _promoted(flat, program)
+    init_, x = Flat.of(init), Flat([slice_spec(leaf) for leaf in leaves], xs_tree)
+
+    def pair(_, h, x):
+        out = f(h, x)
+        if not isinstance(out, tuple) or len(out) != 2 or jax.tree.structure(out[0]) != init_.tree:
+            raise _NotAScan
+        return out
+
+    flat, promoted = init_.leaves, True
+    try:
+        while promoted:  # at most twice: a weakly typed carry takes the type that comes out, as in lax.scan
+            program, consts, out_tree = trace(pair, Flat.of(()), Flat(flat, init_.tree), x)
+            flat, promoted = _promoted(flat, program)
+    except _NotAScan:
+        return None
     if any((a.shape, a.dtype) != (b.shape, b.dtype) for a, b in zip(program.out_avals[0], program.avals[1], strict=True)):
         return None
     plan, layout = plan_for(program, count, method, claim, fallback=Lax())
     spec = None
     if layout is not None and not isinstance(plan.method, Lax):
-        spec = Recurrence(program, layout, plan.method, bool(reverse), count, unroll)
-    return _Traced(spec, plan, consts, flat, leaves, jax.tree.structure(out))
+        spec = Recurrence(program, layout, plan.method, bool(reverse), count, (max(count, 1) if unroll else 1) if isinstance(unroll, bool) else unroll)
+    return _Traced(spec, plan, consts, flat, leaves, out_tree)
 
 
 def _promoted(flat: list, program: Program) -> tuple[list, bool]:
@@ -225,7 +260,7 @@ def scan(
     traced = None if isinstance(parsed, Lax) else _traced(f, init, xs, length, reverse, unroll, parsed, claim)
     if traced is None or traced.spec is None:
         return lax.scan(f, init, xs, length, reverse, unroll, _split_transpose)
-    final, ys = _run_compiled(traced.spec, traced.consts, traced.init, traced.xs)
+    final, ys = (_run if being_staged() else _run_compiled)(traced.spec, traced.consts, traced.init, traced.xs)
     return jax.tree.unflatten(traced.out_tree, [*final, *ys])
 
 
@@ -306,7 +341,7 @@ def forward(
     if traced is None or traced.spec is None:
         final, entering = lax.scan(step, x, stacked.leaves, stacked.length)
         return final, jax.tree.map(lambda e, h: jnp.concatenate([e, h[None]]), entering, final)
-    final, _, entering = _run_stored_compiled(traced.spec, traced.consts, traced.init, traced.xs)
+    final, _, entering = (_run_stored if being_staged() else _run_stored_compiled)(traced.spec, traced.consts, traced.init, traced.xs)
     activations = _boundaries(final, entering, reverse=True)
     tree = jax.tree.structure(x)
     return jax.tree.unflatten(tree, final), jax.tree.unflatten(tree, activations)

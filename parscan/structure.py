@@ -114,7 +114,7 @@ class Layout:
     @property
     def dtype(self) -> Any:
         """The one floating-point dtype in which vectors are held: at least float32."""
-        return jnp.result_type(jnp.float32, *self.dtypes)
+        return jnp.dtype(jnp.float64 if any(jnp.dtype(d).itemsize == 8 for d in self.dtypes) else jnp.float32)
 
     def to_vector(self, leaves: Sequence[Array]) -> Array:
         """State leaves (..., *shape) as vectors (..., n)."""

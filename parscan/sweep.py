@@ -83,7 +83,7 @@ def _walk(chain: Chain, start: Array, offsets: Array, segment: int, reverse: boo
     if whole == segment:
         pieces = [(prefix.take(steps, slice(None, whole)), cross_segment)]
     elif whole:
-        stacked = jax.tree.map(lambda x: x[:whole].reshape(-1, segment, *x.shape[1:]), steps)
+        stacked = jax.tree.map(lambda x: x[:whole].reshape(whole // segment, segment, *x.shape[1:]), steps)
         pieces = [(stacked, lambda vector, some: lax.scan(cross_segment, vector, some, reverse=reverse))]
     if whole < count:
         pieces.append((prefix.take(steps, slice(whole, None)), cross_segment))

@@ -32,11 +32,14 @@ PIECES = 128  # partial sums for the cotangent of a shared constant
 
 
 class Unknowns(NamedTuple):
-    """U, and likewise its cotangents: constants, inputs (leading axis L), states (L + 1, n), outputs (leading axis L)."""
+    """U, and likewise its cotangents, for the active leaves: constants, inputs (leading axis L), states (L + 1), outputs (L).
+
+    States are leaves, not vectors: A touches no coordinate that the step itself does not, so structure stays visible through it.
+    """
 
     consts: list[Array]
     xs: list[Array]
-    states: Array
+    states: list[Array]
     ys: list[Array]
 
 
@@ -124,34 +127,32 @@ class Linearised(NamedTuple):
         """Every step at once; shared constants stay shared, so that their cotangent is one contraction over all steps."""
         return jax.vmap(self.step, in_axes=(0, None, 0, 0))(self.data, consts, states, xs)
 
-    def push_inputs(self, consts: list[Array], xs: list[Array]) -> Array:
-        """Tangents of all new states, as vectors, from those of constants and inputs alone."""
+    def push_inputs(self, consts: list[Array], xs: list[Array]) -> list[Array]:
+        """Tangents of all new states from those of constants and inputs alone."""
         at_consts, states, at_xs = self.primal()
-        return self.layout.to_vector(jax.jvp(lambda c, x: self.all_steps(c, states, x)[0], (at_consts, at_xs), (consts, xs))[1])
+        return jax.jvp(lambda c, x: self.all_steps(c, states, x)[0], (at_consts, at_xs), (consts, xs))[1]
 
-    def push_all(self, consts: list[Array], entering: Array, xs: list[Array]) -> tuple[Array, list[Array]]:
-        """Tangents of all new states, as vectors, and outputs."""
-        tangents = (consts, self.layout.from_vector(entering), xs)
-        new, ys = jax.jvp(self.all_steps, self.primal(), tangents)[1]
-        return self.layout.to_vector(new), ys
+    def push_all(self, consts: list[Array], entering: list[Array], xs: list[Array]) -> tuple[list[Array], list[Array]]:
+        """Tangents of all new states and outputs."""
+        return jax.jvp(self.all_steps, self.primal(), (consts, entering, xs))[1]
 
-    def pull_outputs(self, ys: list[Array]) -> Array:
-        """Cotangents of the states entering each step, as vectors, from those of the outputs alone."""
+    def pull_outputs(self, ys: list[Array]) -> list[Array]:
+        """Cotangents of the states entering each step, from those of the outputs alone."""
 
         def one(data, ys):
             consts, state, x = self.at(data)
             return jax.vjp(lambda s: self.step(data, consts, s, x)[1], state)[1](ys)[0]
 
-        return self.layout.to_vector(jax.vmap(one)(self.data, ys))
+        return jax.vmap(one)(self.data, ys)
 
-    def pull_inputs(self, leaving: Array, ys: list[Array]) -> tuple[list[Array], list[Array]]:
-        """Cotangents of constants and inputs, from those of new states (vectors) and outputs.
+    def pull_inputs(self, leaving: list[Array], ys: list[Array]) -> tuple[list[Array], list[Array]]:
+        """Cotangents of constants and inputs, from those of new states and outputs.
 
         The cotangent of a shared constant is a sum over all steps. Taken at once it is a product with a tiny result and a huge inner
         dimension, which GEMMs are slow at: it is taken by pieces, each a contraction over its steps, and summed.
         """
-        cotangents = (self.layout.from_vector(leaving), ys)
-        count = leaving.shape[0]
+        cotangents = (leaving, ys)
+        count = self.states[0].shape[0]
         pieces = self._pieces(count)
 
         def one(data, cotangents):
@@ -200,7 +201,7 @@ def _apply(at: Linearised, u: Unknowns) -> Unknowns:
     """A U."""
     entering, leaving = prefix.entering(u.states, at.reverse), prefix.leaving(u.states, at.reverse)
     new, ys = at.push_all(u.consts, entering, u.xs)
-    states = prefix.boundaries(prefix.first(u.states, at.reverse), leaving - new, at.reverse)
+    states = prefix.boundaries(prefix.first(u.states, at.reverse), jax.tree.map(jnp.subtract, leaving, new), at.reverse)
     out = Unknowns(u.consts, u.xs, states, [a - b for a, b in zip(u.ys, ys, strict=True)])
     return _tied(out, _nothing(u) * _nothing([at.consts, at.xs, at.states]))
 
@@ -222,31 +223,37 @@ def _tied(u: Unknowns, nothing: Array) -> Unknowns:
 
 def solve(at: Linearised, r: Unknowns) -> Unknowns:
     """A⁻¹ r: tangents, along the chain."""
-    start, offsets = prefix.first(r.states, at.reverse), prefix.leaving(r.states, at.reverse)
+    offsets = prefix.leaving(r.states, at.reverse)
     if at.active_consts or at.active_xs:
-        offsets = offsets + at.push_inputs(r.consts, r.xs)
-    values = sweep(at.chain(transposed=False), start, offsets, at.method, reverse=at.reverse)
-    states = prefix.boundaries(start, values, at.reverse)
+        offsets = jax.tree.map(jnp.add, offsets, at.push_inputs(r.consts, r.xs))
+    states = _swept(at, prefix.first(r.states, at.reverse), offsets, transposed=False)
     ys = r.ys
     if at.active_ys:
         made = at.push_all(r.consts, prefix.entering(states, at.reverse), r.xs)[1]
-        ys = [a + b for a, b in zip(r.ys, made, strict=True)]
+        ys = jax.tree.map(jnp.add, ys, made)
     return Unknowns(r.consts, r.xs, states, ys)
 
 
 def solve_transposed(at: Linearised, c: Unknowns) -> Unknowns:
     """A⁻ᵀ c: cotangents, against the chain, then one batched pull-back to constants and inputs."""
-    back = not at.reverse
-    start, offsets = prefix.first(c.states, back), prefix.leaving(c.states, back)
+    offsets = prefix.entering(c.states, at.reverse)
     if at.active_ys:
-        offsets = offsets + at.pull_outputs(c.ys)
-    values = sweep(at.chain(transposed=True), start, offsets, at.method, reverse=back)
-    states = prefix.boundaries(start, values, back)
+        offsets = jax.tree.map(jnp.add, offsets, at.pull_outputs(c.ys))
+    states = _swept(at, prefix.first(c.states, not at.reverse), offsets, transposed=True)
     consts, xs = c.consts, c.xs
     if at.active_consts or at.active_xs:
-        to_consts, to_xs = at.pull_inputs(prefix.entering(states, back), c.ys)
+        to_consts, to_xs = at.pull_inputs(prefix.leaving(states, at.reverse), c.ys)
         consts, xs = jax.tree.map(jnp.add, consts, to_consts), jax.tree.map(jnp.add, xs, to_xs)
     return Unknowns(consts, xs, states, c.ys)
+
+
+def _swept(at: Linearised, start: list[Array], offsets: list[Array], *, transposed: bool) -> list[Array]:
+    """The journey's L + 1 boundary values, in the coordinates of the layout and back."""
+    back, layout = at.reverse != transposed, at.layout
+    if layout.size == 0:
+        return prefix.boundaries(start, offsets, back)
+    values = sweep(at.chain(transposed=transposed), layout.to_vector(start), layout.to_vector(offsets), at.method, reverse=back)
+    return prefix.boundaries(start, layout.from_vector(values), back)
 
 
 def tangents(at: Linearised, r: Unknowns) -> Unknowns:
@@ -268,4 +275,5 @@ def zeros(at: Linearised, count: int) -> Unknowns:
     xs = [jnp.zeros_like(at.xs[i]) for i in at.active_xs]
     avals = at.program.out_avals[1]
     ys = [jnp.zeros((count, *avals[i].shape), avals[i].dtype) for i in at.active_ys]
-    return Unknowns(consts, xs, jnp.zeros((count + 1, at.layout.size), at.layout.dtype), ys)
+    states = [jnp.zeros((count + 1, *shape), dtype) for shape, dtype in zip(at.layout.shapes, at.layout.dtypes, strict=True)]
+    return Unknowns(consts, xs, states, ys)

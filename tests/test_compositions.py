@@ -168,9 +168,14 @@ def wanted(name, entry):
     return transformed(name, ENTRIES[entry][1])(WEIGHTS, START, INPUTS)
 
 
-@pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("entry", ENTRIES)
-def test_tree(entry, name):
+# Everything for `scan`; for the entries that are made of it, or of the same solve, one of each sort.
+SOME = ["jit", "grad", "value_and_grad", "vjp", "jvp", "jacfwd", "jacrev", "hessian", "jvp of grad", "grad of jvp", "vmap over all", "vmap of grad", "checkpoint"]
+SOME += ["in scan", "in cond", "in while_loop"]
+PAIRS = [(entry, name) for entry in ENTRIES for name in (NAMES if entry == "scan" else SOME)]
+
+
+@pytest.mark.parametrize("entry, name", PAIRS)
+def test_by_a_tree(entry, name):
     assert_close(transformed(name, ENTRIES[entry][0]("tree"))(WEIGHTS, START, INPUTS), wanted(name, entry), 1e-10)
 
 

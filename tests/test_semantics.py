@@ -88,13 +88,13 @@ def everything(scan, name, **extra):
     return out, (grads, tangents)
 
 
-@pytest.mark.parametrize("method", ["auto", "tree", "walk"])
+@pytest.mark.parametrize("method", ["auto", "tree"])
 @pytest.mark.parametrize("name", CASES)
 def test_like_lax_scan(name, method):
     (got, got_derivatives), (want, want_derivatives) = everything(parscan.scan, name, method=method), everything(lax.scan, name)
     assert jax.tree.structure(got) == jax.tree.structure(want)
     for g, w in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
-        assert (g.shape, g.dtype, g.weak_type) == (w.shape, w.dtype, w.weak_type)
+        assert (g.shape, g.dtype, getattr(g, "weak_type", False)) == (w.shape, w.dtype, getattr(w, "weak_type", False))
         plain = (lambda a: jax.random.key_data(a)) if jnp.issubdtype(g.dtype, jax.dtypes.prng_key) else (lambda a: a)
         np.testing.assert_array_equal(plain(g), plain(w))
     assert_close(got_derivatives, want_derivatives, 1e-5 if name == "mixed precisions" else 1e-10)

@@ -236,7 +236,7 @@ BINARY = [jnp.add, jnp.multiply, lambda a, b: a * b.mean(0), lambda a, b: jnp.wh
 )
 def test_nothing_outside_the_blocks(program, seed):
     """Random programs: every non-zero of the Jacobian lies inside a block of the proved layout."""
-    from parscan.jaxprs import trace
+    from parscan.jaxprs import Flat, trace
     from parscan.structure import layout_of
 
     def step(h):
@@ -246,7 +246,7 @@ def test_nothing_outside_the_blocks(program, seed):
         return values[-1]
 
     h = jnp.asarray(np.random.default_rng(seed).standard_normal((3, 4)))
-    traced, _, _ = trace(lambda _, h, x: step(h), (), h, ())
+    traced, _, _ = trace(lambda _, h, x: step(h), Flat.of(()), Flat.of(h), Flat.of(()))
     layout = layout_of(traced, None)
     order = np.asarray(layout.to_vector([jnp.arange(12.0).reshape(3, 4)]), int)
     jacobian = np.asarray(jax.jacobian(step)(h)).reshape(12, 12)[order][:, order]

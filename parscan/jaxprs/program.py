@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -80,25 +80,49 @@ class Program:
         return tuple(carry.get(var) if isinstance(var, core.Var) else None for var in outvars[self.num_carry :])
 
     @property
+    def recomputes(self) -> bool:
+        """Whether a `jax.checkpoint` is in it."""
+        return any(eqn.primitive.name in ("remat", "remat2", "checkpoint") for eqn in equations(self.jaxpr))
+
+    @property
     def has_branches(self) -> bool:
         """Whether a `cond` is in it, which becomes a select of all branches when steps are batched."""
         return any(eqn.primitive.name == "cond" for eqn in equations(self.jaxpr))
 
 
-def trace(f: Callable, consts: Any, carry: Any, x: Any) -> tuple[Program, list[Any], Any]:
-    """Traces `f(consts, carry, x)` once.
+class Flat(NamedTuple):
+    """A pytree taken apart: arrays, tracers or `ShapeDtypeStruct`s, and how to put them together."""
 
-    Args:
-        f: any function of three pytrees.
-        consts, carry, x: arrays, tracers or `ShapeDtypeStruct`s.
+    leaves: list[Any]
+    tree: Any
+
+    @classmethod
+    def of(cls, tree: Any) -> Flat:
+        return cls(*jax.tree.flatten(tree))
+
+
+def trace(f: Callable, consts: Flat, carry: Flat, x: Flat) -> tuple[Program, list[Any], Any]:
+    """Traces `f(consts, carry, x)` once. Containers of the user's are built of tracers only, as by `lax.scan`.
 
     Returns:
-        the program; its constants: the values that f closes over, then the leaves of `consts`; and the pytree of its outputs'
-        `ShapeDtypeStruct`s.
+        the program; its constants: the values that f closes over, then the leaves of `consts`; and the structure of its output.
     """
-    closed, out = jax.make_jaxpr(f, return_shape=True)(consts, carry, x)
-    values = [*closed.consts, *jax.tree.leaves(consts)]
-    return Program(closed, len(values), len(jax.tree.leaves(carry))), values, out
+    found = []
+
+    def flat(*groups):
+        out = f(*(jax.tree.unflatten(given.tree, leaves) for given, leaves in zip((consts, carry, x), groups, strict=True)))
+        leaves, tree = jax.tree.flatten(out)
+        found.append(tree)
+        return leaves
+
+    closed = jax.make_jaxpr(flat)(consts.leaves, carry.leaves, x.leaves)
+    values = [*closed.consts, *consts.leaves]
+    return Program(closed, len(values), len(carry.leaves)), values, found[-1]
+
+
+def being_staged() -> bool:
+    """Whether a `jit` (or a loop) is being traced, so that a `jit` of our own would add nothing."""
+    return core.unsafe_am_i_under_a_jit_DO_NOT_USE()
 
 
 def slice_spec(leaf: Any) -> jax.ShapeDtypeStruct:
