@@ -223,7 +223,7 @@ def test_new_values_recompile_nothing(method, compilations):
 
     def once(scale):
         def f(h, x):
-            h = jax.nn.relu(jnp.tanh(h * x) + h)  # relu has a custom_jvp
+            h = jnp.tanh(h * x) + jax.nn.sigmoid(h)
             return h, h
 
         h, xs = jnp.ones((4, 3)) * scale, jnp.full((20, 4, 3), 0.1) * scale
@@ -251,3 +251,24 @@ def test_f_is_traced_once():
 
     jax.grad(lambda h: parscan.scan(f, h, jnp.ones((20, 4, 3)), method="walk")[1].sum())(jnp.ones((4, 3)))
     assert len(calls) == 1
+
+
+# --- the rule behind "auto" on a CPU ------------------------------------------------------------------------------------------------
+
+WIDE = jnp.ones((8, 256))
+CHOICES = {
+    "small blocks": (lambda h, x: (jnp.tanh(h @ WIDE[:, :8] + x), h), (4, 8), parscan.Walk),
+    "one block": (lambda h, x: (jnp.tanh(h @ WIDE[:, :8] + x), h), (8,), parscan.Lax),
+    "elementwise": (lambda h, x: (jnp.tanh(h + x), h), (4, 8), parscan.Lax),
+    "blocks too large": (lambda h, x: (jnp.tanh(h @ WIDE[:, :8] + x), h), (32, 8), parscan.Lax),
+    "a wide layer inside": (lambda h, x: (jnp.tanh(h @ WIDE) @ WIDE.T + x, h), (4, 8), parscan.Lax),
+    "a wide output": (lambda h, x: (jnp.tanh(h @ WIDE[:, :8] + x), jnp.tanh(h @ WIDE)), (4, 8), parscan.Lax),
+    "a checkpoint": (lambda h, x: (jax.checkpoint(lambda h: jnp.tanh(h @ WIDE[:, :8] + x))(h), h), (4, 8), parscan.Lax),
+}
+
+
+@pytest.mark.parametrize("name", CHOICES)
+def test_auto_on_a_cpu(name):
+    f, shape, method = CHOICES[name]
+    plan = parscan.plan(f, jnp.ones(shape), jnp.ones((1000, 8)))
+    assert isinstance(plan.method, method), plan

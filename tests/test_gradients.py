@@ -144,3 +144,16 @@ def test_linear_scan_with_one_map_for_all_steps(method, kind):
         return jnp.sum(parscan.linear_scan(KINDS[kind](maps), b, h0, method="lax" if many else METHODS[method]) ** 2)
 
     assert_close(jax.value_and_grad(loss)(weights, False), jax.value_and_grad(loss)(weights, True), 1e-12)
+
+
+@pytest.mark.parametrize("method", [*METHODS, "auto", parscan.Walk(16)], ids=str)
+def test_steps_that_are_all_the_same_linear_map(method):
+    """Nothing tells one Jacobian from another: only their number remains, over several segments."""
+    weights = 0.5 * jnp.eye(3) + 0.1
+    loss = lambda scan: lambda w, h, x: jnp.sum(scan(lambda h, x: (h @ w + x, h), h, x)[1] ** 2)
+    arguments = (weights, jnp.ones((2, 3)), jnp.sin(jnp.arange(600.0)).reshape(200, 1, 3))
+    got = jax.grad(loss(functools.partial(parscan.scan, method=METHODS.get(method, method) if isinstance(method, str) else method)), (0, 1, 2))(*arguments)
+    assert_close(got, jax.grad(loss(jax.lax.scan), (0, 1, 2))(*arguments), 1e-10)
+    if method != "auto":
+        some = parscan.linear_scan(parscan.Dense(weights), jnp.ones((64, 3)), jnp.zeros(3), method=METHODS.get(method, method) if isinstance(method, str) else method)
+        assert_close(some, parscan.linear_scan(parscan.Dense(weights), jnp.ones((64, 3)), jnp.zeros(3), method="lax"), 1e-12)

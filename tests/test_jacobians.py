@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from support import KINDS, TOLERANCE, assert_close
 
 import parscan
-from parscan import affine
+from parscan import affine, exponents
 from parscan.affine import Affine
 
 SHAPES = {"Dense": (5, 6, 6), "BlockDiagonal": (5, 3, 2, 2), "Diagonal": (5, 6)}
@@ -70,6 +71,15 @@ def test_then_is_application_one_after_the_other(kind, dtype):
     want = affine.apply(three, affine.apply(two, affine.apply(one, v)))
     for joined in (affine.then(three, affine.then(two, one)), affine.then(affine.then(three, two), one)):
         assert_close(affine.apply(joined, v), want, TOLERANCE[dtype] * 1e-1)
+
+
+def test_powers_of_two_are_exact_where_the_compiler_knows_them():
+    """Two constant factors may be folded into one that is infinite or zero."""
+    scaled = lambda e: jax.jit(lambda x: exponents.scaled(x, jnp.full((2,), e, jnp.int32)))
+    x = jnp.asarray([0.0, 1.5], jnp.float32)
+    np.testing.assert_array_equal(scaled(250)(x * jnp.float32(2.0**-125)), [0.0, np.float32(1.5 * 2.0**125)])
+    np.testing.assert_array_equal(scaled(-200)(x * jnp.float32(2.0**100)), [0.0, np.float32(1.5 * 2.0**-100)])
+    np.testing.assert_array_equal(scaled(-400)(x), [0.0, 0.0])
 
 
 def power(matrix, times):

@@ -106,3 +106,13 @@ def test_random_steps_of_many_magnitudes(method):
     want, got = loss(lax.scan), loss(lambda *a: parscan.scan(*a, method=METHODS[method]))
     assert np.all(np.isfinite(want))
     np.testing.assert_allclose(got, want, rtol=1e-4)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_growth_by_a_constant_that_the_compiler_knows(method):
+    f = lambda h, _: (h * jnp.asarray([16.0, 1.0], jnp.float32), h)
+    run = lambda scan: jax.grad(lambda h: scan(f, h, None, length=128)[0][1])(jnp.zeros(2, jnp.float32))
+    np.testing.assert_array_equal(run(lambda *a, **k: parscan.scan(*a, **k, method=METHODS[method])), [0.0, 1.0])
+    alike = lambda h, _: (16 * h, h)
+    tangent = jax.jvp(lambda h: parscan.scan(alike, h, None, length=128, method=METHODS[method])[0], (jnp.zeros(2),), (jnp.zeros(2),))[1]
+    np.testing.assert_array_equal(tangent, [0.0, 0.0])

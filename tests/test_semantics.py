@@ -184,3 +184,80 @@ def test_random_steps(steps, length, reverse, method, transformation):
         }[transformation]()
 
     assert_close(loss(parscan.scan, method=method), loss(lax.scan), 1e-9)
+
+
+EMPTY = {
+    "no carry": (lambda h, x: ((), jnp.sin(x)), ()),
+    "an integer carry": (lambda h, x: (h + 1, jnp.sin(x) * h), jnp.int32(0)),
+    "a carry without coordinates": (lambda h, x: (h, jnp.sin(x)), jnp.zeros((0, 3))),
+}
+
+
+@pytest.mark.parametrize("method", ["auto", "tree", "walk"])
+@pytest.mark.parametrize("name", EMPTY)
+def test_nothing_to_differentiate_in_the_carry(name, method):
+    f, init = EMPTY[name]
+    grad = lambda scan: jax.grad(lambda x: scan(f, init, x)[1].sum())(XS)
+    assert_close(grad(lambda *a: parscan.scan(*a, method=method)), grad(lax.scan), 0)
+
+
+@pytest.mark.parametrize("method", ["auto", "tree", "lax"])
+def test_parallel_backward_of_states_without_coordinates(method):
+    grads = parscan.parallel_backward(lambda p, h: h + 1, jnp.ones(3), jnp.arange(4), jnp.int32(0), method=method)
+    assert_close(grads.params, jnp.zeros(3), 0)
+    grads = parscan.parallel_backward(lambda p, h: h * p, jnp.ones(3), jnp.ones((4, 0)), jnp.ones(0), method=method)
+    assert grads.activations.shape == (4, 0)
+
+
+def test_input_under_vmap_beside_an_integer_leaf():
+    layer = lambda p, h: {"x": jnp.tanh(h["x"] * p), "n": h["n"] + 1}
+    activations = {"x": jnp.ones((2, 4, 3)), "n": jnp.zeros((2, 4), jnp.int32)}
+    run = jax.vmap(lambda a: parscan.parallel_backward(layer, jnp.ones((3, 3)), a, {"x": jnp.ones(3), "n": 0}, method="tree").input["x"])
+    assert run(activations).shape == (2, 3)
+
+
+def test_a_rule_that_closes_over_a_tracer():
+    def loss(scan):
+        def value(w, h):
+            @jax.custom_jvp
+            def q(h):
+                return jnp.sin(h)
+
+            q.defjvp(lambda p, t: (q(p[0]), w * t[0]))
+            return jnp.sum(scan(lambda h, x: (q(h) + x, None), h, XS)[0])
+
+        return jax.jit(jax.grad(value, 1))(2.0, START)
+
+    assert_close(loss(lambda *a: parscan.scan(*a, method="tree")), loss(lax.scan), 1e-12)
+
+
+@jax.tree_util.register_pytree_node_class
+class Converts:
+    """A container that converts what it is given."""
+
+    def __init__(self, a):
+        self.a = jnp.asarray(a)
+
+    def tree_flatten(self):
+        return (self.a,), None
+
+    @classmethod
+    def tree_unflatten(cls, _, children):
+        return cls(*children)
+
+
+def test_containers_hold_nothing_but_arrays():
+    f = lambda c, x: (Converts(jnp.tanh(c.a + x.a)), c.a)
+    grad = lambda scan: jax.grad(lambda a: scan(f, Converts(a), Converts(XS))[1].sum())(START)
+    assert_close(grad(lambda *a: parscan.scan(*a, method="tree")), grad(lax.scan), 1e-12)
+
+
+def test_strict_promotion():
+    with jax.numpy_dtype_promotion("strict"):
+        half = jax.grad(lambda h: parscan.scan(lambda h, x: (jnp.tanh(h * x), None), h, XS.astype(jnp.bfloat16), method="tree")[0].sum())(START.astype(jnp.bfloat16))
+    assert half.dtype == jnp.bfloat16
+
+
+def test_a_length_that_is_an_array():
+    f = lambda h, _: (jnp.tanh(h), h)
+    assert_close(parscan.scan(f, START, length=jnp.int32(3)), lax.scan(f, START, length=3), 0)

@@ -48,7 +48,7 @@ def _evaluate(jaxpr: AnyJaxpr, inputs: Sequence[Dependence]) -> list[Dependence]
     for eqn in body.eqns:
         ins = [read(a) for a in eqn.invars]
         outs = _rule(eqn)(eqn, ins) if any(ins) else [{} for _ in eqn.outvars]
-        known.update(zip(eqn.outvars, outs, strict=True))
+        known.update((v, out if 0 not in getattr(v.aval, "shape", ()) else {}) for v, out in zip(eqn.outvars, outs, strict=True))
     return [read(a) for a in body.outvars]
 
 
