@@ -2,11 +2,12 @@
 
     v  ->  P (2^e ∘ v) + b
 
-P is a Jacobian kind, b the offset, e an integer exponent for each *contracted* coordinate, i.e. each column of P. The matrices of
-a long chain overflow or underflow long before the vectors they are applied to do; with one exponent a column, whatever
-growth or decay is aligned with the coordinates is held: every entry to 2^-126 of its column's largest (2^-1022 in double precision). A single exponent a matrix is not enough: diag(16, 1)^100
-applied to (0, 1) is (0, 1), but scaled by its largest entry the 1 is flushed to zero. Columns are the right side
-since `v` enters there; cotangents travel through transposed maps, whose columns are the rows of the Jacobians.
+P is a Jacobian kind, b the offset, e an integer exponent for each *contracted* coordinate, i.e. each column of P. The matrices of a long
+chain overflow or underflow long before the vectors they are applied to do; with one exponent a column, whatever growth or decay is
+aligned with the coordinates is held, every entry down to 2^-126 of its column's largest (2^-1022 in double precision).
+A single exponent a matrix is not enough: diag(16, 1)^100 applied to (0, 1) is (0, 1), but scaled by its largest entry the 1 is
+flushed to zero. Columns are the right side since `v` enters there; cotangents travel through transposed maps, whose columns are
+the rows of the Jacobians.
 """
 
 from __future__ import annotations

@@ -18,7 +18,7 @@ from jax import Array
 
 from parscan.checks import describe, is_inexact
 from parscan.jacobians import Jacobian, kind_of
-from parscan.jaxprs import MIXED, Dependence, Program, dependence
+from parscan.jaxprs import Dependence, Program, dependence
 
 
 @dataclass(frozen=True)
@@ -263,8 +263,8 @@ def _group(first: int, axis: int, members: list[int], shapes: Sequence[tuple[int
         pending = False
         for new in members:
             for old, dims in outs[new].items():
-                moved = dims[group[old]] if old in group else MIXED
-                if new not in group and moved is not MIXED:
+                moved = dims[group[old]] if old in group else None
+                if new not in group and moved is not None:  # not `MIXED`
                     group[new], pending = moved, True
                 if new in group and old not in group and group[new] in dims:
                     group[old], pending = dims.index(group[new]), True

@@ -170,7 +170,15 @@ def memory(problem: Problem, scan: Callable[..., Any]) -> int:
 def table(results: list[dict[str, Any]]) -> str:
     """The figures as a Markdown table."""
     names = list(results[0]["ratio"])[1:]
-    head = ["cell, B × n", "auto chose", "lax ms", *(f"{n} ×" for n in names), "memory ×", "first call ×", *(f"backward {n} ms" for n in ("lax", "sequential", "auto"))]
+    head = [
+        "cell, B × n",
+        "auto chose",
+        "lax ms",
+        *(f"{n} ×" for n in names),
+        "memory ×",
+        "first call ×",
+        *(f"backward {n} ms" for n in ("lax", "sequential", "auto")),
+    ]
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     for r in results:
         cell, b, n = r["row"].split(":")
@@ -186,7 +194,9 @@ def table(results: list[dict[str, Any]]) -> str:
 @click.option("--row", "rows", multiple=True, metavar="CELL:B:N", help="A problem, e.g. gru:16:8; may be repeated. Default: a set for this platform.")
 @click.option("--length", default=4096, show_default=True, type=click.IntRange(2), help="Steps T.")
 @click.option("--pairs", default=7, show_default=True, type=click.IntRange(5), help="Interleaved measurements of every column.")
-@click.option("--method", "extra", multiple=True, type=click.Choice(["walk", "tree", "associative", "chunked"]), help="Further methods to time; may be repeated.")
+@click.option(
+    "--method", "extra", multiple=True, type=click.Choice(["walk", "tree", "associative", "chunked"]), help="Further methods to time; may be repeated."
+)
 @click.option("--seed", default=0, show_default=True, help="Seed of weights and inputs.")
 @click.option("--json", "path", type=click.Path(dir_okay=False, path_type=Path), help="Also write every figure to this file.")
 def main(rows: tuple[str, ...], length: int, pairs: int, extra: tuple[str, ...], seed: int, path: Path | None) -> None:

@@ -219,11 +219,11 @@ def compilations():
 @pytest.mark.parametrize("method", ["auto", "walk", "tree", "sequential"])
 def test_new_values_recompile_nothing(method, compilations):
     """Neither under jit nor without it, with a new function object of the same equations each time."""
-    chain = make_chain("BlockDiagonal", 16, "float64")
+    chain, turn = make_chain("BlockDiagonal", 16, "float64"), jnp.roll(jnp.eye(3), 1, 0)
 
     def once(scale):
         def f(h, x):
-            h = jnp.tanh(h * x) + jax.nn.sigmoid(h)
+            h = jnp.tanh(h @ turn + x) + jax.nn.sigmoid(h)
             return h, h
 
         h, xs = jnp.ones((4, 3)) * scale, jnp.full((20, 4, 3), 0.1) * scale

@@ -155,5 +155,7 @@ def test_steps_that_are_all_the_same_linear_map(method):
     got = jax.grad(loss(functools.partial(parscan.scan, method=METHODS.get(method, method) if isinstance(method, str) else method)), (0, 1, 2))(*arguments)
     assert_close(got, jax.grad(loss(jax.lax.scan), (0, 1, 2))(*arguments), 1e-10)
     if method != "auto":
-        some = parscan.linear_scan(parscan.Dense(weights), jnp.ones((64, 3)), jnp.zeros(3), method=METHODS.get(method, method) if isinstance(method, str) else method)
+        some = parscan.linear_scan(
+            parscan.Dense(weights), jnp.ones((64, 3)), jnp.zeros(3), method=METHODS.get(method, method) if isinstance(method, str) else method
+        )
         assert_close(some, parscan.linear_scan(parscan.Dense(weights), jnp.ones((64, 3)), jnp.zeros(3), method="lax"), 1e-12)

@@ -87,7 +87,9 @@ def test_linear_scan_through_growth(method):
     matrices, _, read = CASES["growth into one axis, read on the other"]
 
     def loss(start):
-        return jnp.vdot(jnp.asarray(read, jnp.float32), parscan.linear_scan(parscan.Dense(matrices), jnp.zeros((128, 2), jnp.float32), start, method=METHODS[method])[-1])
+        return jnp.vdot(
+            jnp.asarray(read, jnp.float32), parscan.linear_scan(parscan.Dense(matrices), jnp.zeros((128, 2), jnp.float32), start, method=METHODS[method])[-1]
+        )
 
     np.testing.assert_array_equal(jax.grad(loss)(jnp.zeros(2, jnp.float32)), [0.0, 1.0])
 

@@ -15,7 +15,11 @@ ROOT = Path(__file__).resolve().parents[1]
 
 def run(script, *arguments):
     return subprocess.run(
-        [sys.executable, str(ROOT / "scripts" / script), *map(str, arguments)], capture_output=True, text=True, timeout=300, env={**os.environ, "JAX_PLATFORMS": "cpu"}
+        [sys.executable, str(ROOT / "scripts" / script), *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env={**os.environ, "JAX_PLATFORMS": "cpu"},
     )
 
 

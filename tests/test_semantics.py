@@ -54,7 +54,12 @@ CASES = {
     "a scalar carry": (lambda h, x: (jnp.tanh(h * x.sum()), h), jnp.float64(0.3), XS, {}),
     "a carry of three axes": (lambda h, x: (jnp.tanh(jnp.einsum("abc,cd->abd", h, jnp.outer(x[0], x[1]))), None), jnp.stack([START, -START]), XS, {}),
     "an empty leaf": (lambda c, x: ((jnp.tanh(c[0] + x), c[1]), None), (START, jnp.zeros((0, 3))), XS, {}),
-    "mixed precisions": (lambda c, x: ((jnp.tanh(c[0] + x + c[1].astype(c[0].dtype)), (c[1] * 0.5 + x.sum()).astype(jnp.float32)), c), (START, START.astype(jnp.float32)), XS, {}),
+    "mixed precisions": (
+        lambda c, x: ((jnp.tanh(c[0] + x + c[1].astype(c[0].dtype)), (c[1] * 0.5 + x.sum()).astype(jnp.float32)), c),
+        (START, START.astype(jnp.float32)),
+        XS,
+        {},
+    ),
     "custom_jvp functions": (lambda h, x: (jax.nn.relu(h + x) + jax.nn.silu(h), jax.nn.softplus(h)), START, XS, {}),
     "checkpoint inside": (lambda h, x: (jax.checkpoint(lambda h: jnp.tanh(jnp.sin(h) + x))(h), h), START, XS, {}),
     "linear algebra inside": (lambda h, x: (jnp.linalg.solve(jnp.eye(2) * 3 + h @ h.T, x), jnp.linalg.norm(h)), START, XS, {}),
@@ -152,7 +157,16 @@ def test_chain_of_one_shared_layer():
     assert_close(jax.grad(lambda p: apply(p, START).sum())(params), want, 1e-12)
 
 
-STEPS = [jnp.sin, jnp.tanh, lambda h: h * 0.9, lambda h: h @ jnp.cos(jnp.arange(9.0)).reshape(3, 3) * 0.4, lambda h: h - h.mean(0), lambda h: h[::-1], lambda h: jnp.roll(h, 1, 1), jax.nn.softplus]
+STEPS = [
+    jnp.sin,
+    jnp.tanh,
+    lambda h: h * 0.9,
+    lambda h: h @ jnp.cos(jnp.arange(9.0)).reshape(3, 3) * 0.4,
+    lambda h: h - h.mean(0),
+    lambda h: h[::-1],
+    lambda h: jnp.roll(h, 1, 1),
+    jax.nn.softplus,
+]
 
 
 @settings(max_examples=12, deadline=None)
@@ -254,7 +268,9 @@ def test_containers_hold_nothing_but_arrays():
 
 def test_strict_promotion():
     with jax.numpy_dtype_promotion("strict"):
-        half = jax.grad(lambda h: parscan.scan(lambda h, x: (jnp.tanh(h * x), None), h, XS.astype(jnp.bfloat16), method="tree")[0].sum())(START.astype(jnp.bfloat16))
+        half = jax.grad(lambda h: parscan.scan(lambda h, x: (jnp.tanh(h * x), None), h, XS.astype(jnp.bfloat16), method="tree")[0].sum())(
+            START.astype(jnp.bfloat16)
+        )
     assert half.dtype == jnp.bfloat16
 
 
