@@ -41,10 +41,10 @@ class Plan:
         return hash((self.kind, tuple(self.blocks.items()), self.method, self.reason, self.length))
 
 
-SEGMENT = 128  # steps whose Jacobians a walk forms at once
+SEGMENT_ENTRIES = 2**17  # numbers in the Jacobians that a walk forms at once: they stay in cache
 CPU_STATE = 1024  # B·n² up to which forming and walking beats a loop on a CPU
 CPU_BLOCKS = 64  # blocks up to which it does
-CPU_STEP = 32  # operations of a step, to each entry of its Jacobian, up to which forming it is cheap
+CPU_STEP = 2**13  # operations of a step up to which a loop waits more than it computes
 ACCELERATOR_STATE = 2**18  # B·n² up to which chunk matrices are worth their products on an accelerator
 
 
@@ -85,7 +85,7 @@ def plan_for(
         method, reason = _chosen(program, length, blocks, width, fallback, platform or jax.default_backend())
     else:
         reason = "asked for"
-    plan = Plan(kind_of(blocks, width).__name__, {width: blocks} if width else {}, sized(method, length, width), reason, length)
+    plan = Plan(kind_of(blocks, width).__name__, {width: blocks} if width else {}, sized(method, length, blocks, width), reason, length)
     logger.debug("%s for %d steps, %d blocks of %d: %s", plan.method, length, blocks, width, plan.reason)
     return plan, layout
 
@@ -100,8 +100,8 @@ def _chosen(program: Program, length: int, blocks: int, width: int, fallback: Me
     if platform == "cpu":
         if blocks == 1 or width == 1:
             return fallback, f"{name} on a CPU: XLA fuses each step of the loop into one kernel"
-        if flops(program.jaxpr) > CPU_STEP * state:
-            return fallback, f"{name} on a CPU: a step does so much more than its {state} derivatives that forming them costs more than a loop"
+        if flops(program.jaxpr) > CPU_STEP:
+            return Lax(), f"{name} on a CPU: a step computes enough that a loop hardly waits"
         if state <= CPU_STATE and blocks <= CPU_BLOCKS:
             return Walk(), f"{name} on a CPU: forming their Jacobians and walking them is cheaper than a loop of VJPs"
         return fallback, f"{name} on a CPU: the arithmetic of matrix products outweighs the loop's overhead"
@@ -110,11 +110,11 @@ def _chosen(program: Program, length: int, blocks: int, width: int, fallback: Me
     return fallback, f"{name} for {length} steps on {platform}: too much arithmetic, or too short a chain, for matrix products to pay"
 
 
-def sized(method: Method, length: int, width: int) -> Method:
+def sized(method: Method, length: int, blocks: int, width: int) -> Method:
     """The method with every size that was left open chosen."""
     match method:
         case Walk(segment=None):
-            return Walk(_divisor_near(length, SEGMENT))
+            return Walk(_divisor_near(length, min(length, max(32, SEGMENT_ENTRIES // max(1, blocks * width**2)))))
         case Chunked(size=None):
             return replace(method, size=max(1, min(8 if width < 48 else 32, length)))
     return method

@@ -261,6 +261,11 @@ CHOICES = {
     "one block": (lambda h, x: (jnp.tanh(h @ WIDE[:, :8] + x), h), (8,), parscan.Lax),
     "elementwise": (lambda h, x: (jnp.tanh(h + x), h), (4, 8), parscan.Lax),
     "blocks too large": (lambda h, x: (jnp.tanh(h @ WIDE[:, :8] + x), h), (32, 8), parscan.Lax),
+    "a step that computes much": (
+        lambda h, x: (jax.nn.sigmoid(h @ WIDE[:, :8]) * jnp.tanh(h @ WIDE[:, 8:16]) + jnp.sin(h @ WIDE[:, 16:24]), h),
+        (16, 8),
+        parscan.Lax,
+    ),
     "a wide layer inside": (lambda h, x: (jnp.tanh(h @ WIDE) @ WIDE.T + x, h), (4, 8), parscan.Lax),
     "a wide output": (lambda h, x: (jnp.tanh(h @ WIDE[:, :8] + x), jnp.tanh(h @ WIDE)), (4, 8), parscan.Lax),
     "a checkpoint": (lambda h, x: (jax.checkpoint(lambda h: jnp.tanh(h @ WIDE[:, :8] + x))(h), h), (4, 8), parscan.Lax),
