@@ -169,22 +169,8 @@ def wanted(name, entry):
 
 
 # Everything for `scan`; for the entries that are made of it, or of the same solve, one of each sort.
-SOME = [
-    "jit",
-    "grad",
-    "value_and_grad",
-    "vjp",
-    "jvp",
-    "jacfwd",
-    "jacrev",
-    "hessian",
-    "jvp of grad",
-    "grad of jvp",
-    "vmap over all",
-    "vmap of grad",
-    "checkpoint",
-]
-SOME += ["in scan", "in cond", "in while_loop"]
+SOME = ["jit", "value_and_grad", "vjp", "jvp", "jacfwd", "jacrev", "hessian", "jvp of grad", "grad of jvp", "vmap of grad", "checkpoint", "in scan", "in cond"]
+SOME += ["in while_loop"]
 PAIRS = [(entry, name) for entry in ENTRIES for name in (NAMES if entry == "scan" else SOME)]
 
 
