@@ -114,7 +114,7 @@ def sized(method: Method, length: int, blocks: int, width: int) -> Method:
     """The method with every size that was left open chosen."""
     match method:
         case Walk(segment=None):
-            return Walk(_divisor_near(length, min(length, max(32, SEGMENT_ENTRIES // max(1, blocks * width**2)))))
+            return Walk(_divisor_near(length, max(1, min(length, max(32, SEGMENT_ENTRIES // max(1, blocks * width**2))))))
         case Chunked(size=None):
             return replace(method, size=max(1, min(8 if width < 48 else 32, length)))
     return method
