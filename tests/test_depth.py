@@ -204,6 +204,7 @@ def test_a_walk_needs_little_more_memory_than_lax_scan():
 @pytest.fixture
 def compilations():
     """A list that grows with every compilation."""
+    jax.clear_caches()  # another test may have compiled the same equations
     seen: list[str] = []
     active = [True]
 
@@ -262,7 +263,7 @@ CHOICES = {
     "elementwise": (lambda h, x: (jnp.tanh(h + x), h), (4, 8), parscan.Lax),
     "blocks too large": (lambda h, x: (jnp.tanh(h @ WIDE[:, :8] + x), h), (32, 8), parscan.Lax),
     "a step that computes much": (
-        lambda h, x: (jax.nn.sigmoid(h @ WIDE[:, :8]) * jnp.tanh(h @ WIDE[:, 8:16]) + jnp.sin(h @ WIDE[:, 16:24]), h),
+        lambda h, x: (jax.nn.sigmoid(h @ WIDE[:, :8]) * jnp.tanh(h @ WIDE[:, 8:16]) + jnp.sin(h @ WIDE[:, 16:24]) * jnp.cos(h @ WIDE[:, 24:32]), h),
         (16, 8),
         parscan.Lax,
     ),
