@@ -39,9 +39,8 @@ def then(second: Affine, first: Affine) -> Affine:
     P₂ 2^e₂ P₁ 2^e₁: 2^e₂ P₁ is rescaled by column before it meets P₂, so nothing overflows on the way, and so is the product.
     """
     outer: Any = scaled(second)  # of the same kind as `first`
-    matrix, carried = first.matrix.balanced(rows=outer.exponent)
-    matrix, grown = outer.matrix.after(matrix).balanced()
-    exponent = carried + grown if first.exponent is None else first.exponent + carried + grown
+    inner, carried = first.matrix.balanced(rows=outer.exponent)
+    matrix, exponent = renormalised(outer.matrix.after(inner), carried if first.exponent is None else first.exponent + carried)
     return Affine(matrix, exponent, apply(second, first.offset))
 
 

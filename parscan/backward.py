@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from parscan import checks, prefix, system
-from parscan.jaxprs import Flat, Program, being_staged, has_effects, slice_spec, trace
+from parscan.jaxprs import Flat, Program, has_effects, jit_unless_staged, slice_spec, trace
 from parscan.methods import Lax, Method, Sequential, parse_method
 from parscan.planning import Plan, plan_for
 from parscan.stacking import Stacked, check_state, split_params
@@ -102,8 +102,7 @@ def parallel_backward(
     plan, layout = plan_for(program, count, parsed, claim, fallback=Sequential())
     by_jax = isinstance(plan.method, Lax) or (layout is None and has_effects(program))
     spec = Backward(program, None if by_jax else layout or layout_of(program, "dense"), plan.method, len(consts) - len(stacked.shared), layout is not None)
-    run = _run if being_staged() else _compiled
-    to_shared, to_stacked, to_states = run(spec, consts, stacked.leaves, states, cotangents)
+    to_shared, to_stacked, to_states = _compiled(spec, consts, stacked.leaves, states, cotangents)
 
     return Gradients(_as_params(stacked, to_stacked, to_shared), jax.tree.unflatten(tree, _scattered(states, to_states)), plan)
 
@@ -132,7 +131,7 @@ def _run(spec: Backward, consts: list, xs: list, states: list, cotangents: list)
     return found.consts, found.xs, found.states
 
 
-_compiled = jax.jit(_run, static_argnums=0)
+_compiled = jit_unless_staged(_run)
 
 
 def _by_jax(program: Program, consts: list, xs: list, entering: list, cotangents: list, shared: tuple, inputs: tuple) -> tuple[list, list, list]:

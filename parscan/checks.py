@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import dtypes
 
 Tree = Any
@@ -49,6 +50,4 @@ def structure_difference(name: str, got: Tree, want: Tree) -> str | None:
 
 def float0_zeros(shape: tuple[int, ...]) -> Any:
     """The cotangent JAX gives an integer, boolean or key array of this shape."""
-    import numpy as np
-
     return np.zeros(shape, dtypes.float0)

@@ -7,7 +7,7 @@ taken at the highest precision the device has, since a long chain compounds what
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,8 +16,6 @@ from jax import Array, lax
 from parscan import exponents
 
 _UNROLLED = 8  # up to this size XLA's fused multiply-and-sum beats a call to a GEMM of tiny matrices
-
-Self = TypeVar("Self", bound="Dense | Diagonal | BlockDiagonal")
 
 
 def _register(cls):
@@ -194,6 +192,11 @@ class Diagonal:
 
 
 Jacobian = Dense | BlockDiagonal | Diagonal
+
+
+def basis(blocks: int, width: int, dtype: Any) -> Array:
+    """The `width` vectors that are e_k in every block at once, (width, blocks · width): their images are a Jacobian's columns."""
+    return jnp.tile(jnp.eye(width, dtype=dtype), (1, blocks))
 
 
 def kind_of(blocks: int, width: int) -> type[Any]:

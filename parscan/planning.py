@@ -85,7 +85,7 @@ def plan_for(
         method, reason = _chosen(program, length, blocks, width, fallback, platform or jax.default_backend())
     else:
         reason = "asked for"
-    plan = Plan(kind_of(blocks, width).__name__, {width: blocks} if width else {}, sized(method, length, blocks, width), reason, length)
+    plan = Plan(kind_of(blocks, width).__name__, {width: blocks}, sized(method, length, blocks, width), reason, length)
     logger.debug("%s for %d steps, %d blocks of %d: %s", plan.method, length, blocks, width, plan.reason)
     return plan, layout
 

@@ -14,7 +14,7 @@ from jax import Array, lax
 from jax.custom_derivatives import SymbolicZero, zero_from_primal
 
 from parscan import checks, prefix, system
-from parscan.jaxprs import Flat, Program, being_staged, slice_spec, trace
+from parscan.jaxprs import Flat, Program, jit_unless_staged, slice_spec, trace
 from parscan.methods import Lax, Method, parse_method
 from parscan.planning import Plan, plan_for
 from parscan.stacking import check_state, split_params
@@ -80,8 +80,7 @@ def _evenly(outs: Any, ins: Any) -> Any:
     The two compute by different operations, so that must be forced: a select between a value and itself follows the
     inputs, and an axis put on and taken off again leaves the batch in front. XLA removes both.
     """
-    floats = [leaf for leaf in jax.tree.leaves(ins) if checks.is_inexact(leaf)]
-    follows = sum((jnp.real(leaf.ravel()[:0]).sum().astype(jnp.float32) for leaf in floats), jnp.float32(0)) == 0
+    follows = system.nothing(ins) == 0
     return jax.tree.map(lambda leaf: lax.squeeze(lax.expand_dims(jnp.where(follows, leaf, leaf), (0,)), (0,)), outs)
 
 
@@ -141,8 +140,8 @@ def _(spec: Recurrence, primals: tuple, tangents: tuple) -> tuple[tuple, tuple]:
 
 _run_stored.defjvp(_derivative, symbolic_zeros=True)
 
-_run_compiled = jax.jit(_run, static_argnums=0)
-_run_stored_compiled = jax.jit(_run_stored, static_argnums=0)
+_compiled = jit_unless_staged(_run)
+_compiled_stored = jit_unless_staged(_run_stored)
 
 
 # --- tracing and planning ---------------------------------------------------------------------------------------------
@@ -260,7 +259,7 @@ def scan(
     traced = None if isinstance(parsed, Lax) else _traced(f, init, xs, length, reverse, unroll, parsed, claim)
     if traced is None or traced.spec is None:
         return lax.scan(f, init, xs, length, reverse, unroll, _split_transpose)
-    final, ys = (_run if being_staged() else _run_compiled)(traced.spec, traced.consts, traced.init, traced.xs)
+    final, ys = _compiled(traced.spec, traced.consts, traced.init, traced.xs)
     return jax.tree.unflatten(traced.out_tree, [*final, *ys])
 
 
@@ -340,8 +339,9 @@ def forward(
     traced = None if isinstance(parsed, Lax) else _traced(lambda h, p: (step(h, p)[0], None), x, stacked.leaves, stacked.length, False, 1, parsed, claim)
     if traced is None or traced.spec is None:
         final, entering = lax.scan(step, x, stacked.leaves, stacked.length)
-        return final, jax.tree.map(lambda e, h: jnp.concatenate([e, h[None]]), entering, final)
-    final, _, entering = (_run_stored if being_staged() else _run_stored_compiled)(traced.spec, traced.consts, traced.init, traced.xs)
+        leaves, tree = jax.tree.flatten(final)
+        return final, jax.tree.unflatten(tree, _boundaries(leaves, jax.tree.leaves(entering), reverse=True))
+    final, _, entering = _compiled_stored(traced.spec, traced.consts, traced.init, traced.xs)
     activations = _boundaries(final, entering, reverse=True)
     tree = jax.tree.structure(x)
     return jax.tree.unflatten(tree, final), jax.tree.unflatten(tree, activations)

@@ -17,7 +17,6 @@ import jax.numpy as jnp
 from jax import Array
 
 from parscan.checks import describe, is_inexact
-from parscan.jacobians import Jacobian, kind_of
 from parscan.jaxprs import Dependence, Program, dependence
 
 
@@ -147,14 +146,6 @@ class Layout:
                 start += width
             block += part.blocks
         return leaves
-
-    def basis(self) -> Array:
-        """The `width` vectors that are e_k in every block at once, (width, n)."""
-        return jnp.tile(jnp.eye(self.width, dtype=self.dtype), (1, self.blocks))
-
-    def matrix(self, columns: Array) -> Jacobian:
-        """The Jacobian that takes `basis()` to these columns, (..., width, n)."""
-        return kind_of(self.blocks, self.width).from_columns(columns)
 
 
 def layout_of(program: Program, structure: Claim | None) -> Layout:

@@ -17,7 +17,7 @@ from jax import Array, lax
 
 from parscan import affine, exponents, prefix
 from parscan.affine import Affine
-from parscan.jacobians import Jacobian, kind_of
+from parscan.jacobians import Jacobian, basis, kind_of
 from parscan.methods import Associative, Chunked, Method, Sequential, Tree, Walk
 
 
@@ -98,10 +98,9 @@ def _chunked(chain: Chain, start: Array, offsets: Array, size: int, levels: int 
     data, one = chain.crossing()
     blocks, width = chain.blocks, chain.width
     kind = kind_of(blocks, width)
-    basis = jnp.tile(jnp.eye(width, dtype=offsets.dtype), (1, blocks))
 
     def identity(chunks: int) -> Affine:
-        columns = jnp.broadcast_to(basis, (chunks, *basis.shape))
+        columns = jnp.broadcast_to(basis(blocks, width, offsets.dtype), (chunks, width, blocks * width))
         zeros = jnp.zeros((chunks, blocks * width), offsets.dtype)
         return Affine(_Columns(columns), jnp.zeros((chunks, blocks * width), jnp.int32), zeros)
 

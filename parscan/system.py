@@ -23,12 +23,11 @@ from jax import Array, lax
 
 from parscan import prefix
 from parscan.checks import is_inexact
-from parscan.jaxprs import Program, flops, staged
+from parscan.jacobians import basis, kind_of
+from parscan.jaxprs import Program, contracted, flops, staged
 from parscan.methods import Method
 from parscan.structure import Layout
 from parscan.sweep import Chain, sweep
-
-PIECES = 128  # partial sums for the cotangent of a shared constant
 
 
 class Unknowns(NamedTuple):
@@ -70,10 +69,6 @@ class Linearised(NamedTuple):
     def _floats(self) -> tuple[int, ...]:
         return tuple(i for i, aval in enumerate(self.program.avals[1]) if is_inexact(aval))
 
-    def primal(self) -> tuple[list[Any], list[Any], list[Any]]:
-        """The point of linearisation: active consts, float states, active xs."""
-        return [self.consts[i] for i in self.active_consts], [self.states[i] for i in self._floats], [self.xs[i] for i in self.active_xs]
-
     def step(self, data: Any, consts: list[Any], state: list[Any], x: list[Any]) -> tuple[list[Any], list[Any]]:
         """One step as a function of the active leaves; `data` is that step's (states, xs), which fills in the others."""
         states, xs = data
@@ -86,7 +81,7 @@ class Linearised(NamedTuple):
         return list(self.states), list(self.xs)
 
     def at(self, data: Any) -> tuple[list[Any], list[Any], list[Any]]:
-        """`primal` of a single step, or of stacked ones."""
+        """The point of linearisation, of a single step or of stacked ones: active consts, float states, active xs."""
         states, xs = data
         return [self.consts[i] for i in self.active_consts], [states[i] for i in self._floats], [xs[i] for i in self.active_xs]
 
@@ -107,11 +102,15 @@ class Linearised(NamedTuple):
     def chain(self, *, transposed: bool) -> Chain:
         """The steps as linear maps: their Jacobians, or the transposes."""
         layout = self.layout
+        kind, columns = kind_of(layout.blocks, layout.width), basis(layout.blocks, layout.width, layout.dtype)
         vector = jax.ShapeDtypeStruct((layout.size,), layout.dtype)
 
+        def crossing(transposed):
+            return staged(self.pull if transposed else self.push, self.data, vector)
+
         def forming(transposed):
-            data, linear = staged(self.pull if transposed else self.push, self.data, vector)
-            return data, lambda data: layout.matrix(jax.vmap(jax.vmap(linear, (None, 0)), (0, None))(data, layout.basis()))
+            data, linear = crossing(transposed)
+            return data, lambda data: kind.from_columns(jax.vmap(jax.vmap(linear, (None, 0)), (0, None))(data, columns))
 
         def cheaper():
             """Rows or columns: a weight meets the basis before it meets anything of the step from one side only, and then once for all."""
@@ -119,7 +118,7 @@ class Linearised(NamedTuple):
             way, data, form = min(ways, key=lambda way: flops(jax.make_jaxpr(way[2])(way[1])))
             return data, form if way == transposed else lambda data: form(data).transpose()
 
-        return Chain(lambda: staged(self.pull if transposed else self.push, self.data, vector), cheaper, layout.blocks, layout.width)
+        return Chain(lambda: crossing(transposed), cheaper, layout.blocks, layout.width)
 
     # --- all steps ----------------------------------------------------------------------------------------------------
 
@@ -129,12 +128,12 @@ class Linearised(NamedTuple):
 
     def push_inputs(self, consts: list[Array], xs: list[Array]) -> list[Array]:
         """Tangents of all new states from those of constants and inputs alone."""
-        at_consts, states, at_xs = self.primal()
+        at_consts, states, at_xs = self.at(self.data)
         return jax.jvp(lambda c, x: self.all_steps(c, states, x)[0], (at_consts, at_xs), (consts, xs))[1]
 
     def push_all(self, consts: list[Array], entering: list[Array], xs: list[Array]) -> tuple[list[Array], list[Array]]:
         """Tangents of all new states and outputs."""
-        return jax.jvp(self.all_steps, self.primal(), (consts, entering, xs))[1]
+        return jax.jvp(self.all_steps, self.at(self.data), (consts, entering, xs))[1]
 
     def pull_outputs(self, ys: list[Array]) -> list[Array]:
         """Cotangents of the states entering each step, from those of the outputs alone."""
@@ -148,43 +147,21 @@ class Linearised(NamedTuple):
     def pull_inputs(self, leaving: list[Array], ys: list[Array]) -> tuple[list[Array], list[Array]]:
         """Cotangents of constants and inputs, from those of new states and outputs.
 
-        The cotangent of a shared constant is a sum over all steps. Taken at once it is a product with a tiny result and a huge inner
-        dimension, which GEMMs are slow at: it is taken by pieces, each a contraction over its steps, and summed.
+        With a `cond` in the step they are taken step by step, then summed. Batched steps turn it into a select of all branches, and transposing
+        that multiplies what the branches not taken have stored, perhaps inf or NaN, by zero; transposed by themselves, they are selected away.
         """
-        cotangents = (leaving, ys)
-        count = self.states[0].shape[0]
-        pieces = self._pieces(count)
 
         def one(data, cotangents):
             consts, state, x = self.at(data)
             return jax.vjp(lambda c, x: self.step(data, c, state, x), consts, x)[1](cotangents)
 
-        def piece(data, cotangents):
-            consts, states, xs = self.at(data)
-            return jax.vjp(lambda c, x: jax.vmap(self.step, in_axes=(0, None, 0, 0))(data, c, states, x), consts, xs)[1](cotangents)
+        def every(consts, states, xs, cotangents):
+            return jax.vjp(lambda c, x: self.all_steps(c, states, x), consts, xs)[1](cotangents)
 
-        if pieces == count:
-            consts, xs = jax.vmap(one)(self.data, cotangents)
-        elif pieces == 1:
-            return piece(self.data, cotangents)
-        else:
-            cut = jax.tree.map(lambda leaf: leaf.reshape(pieces, count // pieces, *leaf.shape[1:]), (self.data, cotangents))
-            consts, xs = jax.vmap(piece)(*cut)
-            xs = jax.tree.map(lambda leaf: leaf.reshape(count, *leaf.shape[2:]), xs)
+        if not self.program.has_branches:
+            return contracted(every, *self.at(self.data), (leaving, ys))
+        consts, xs = jax.vmap(one)(self.data, (leaving, ys))
         return jax.tree.map(lambda c: c.sum(0), consts), xs
-
-    def _pieces(self, count: int) -> int:
-        """How many partial sums: none larger together than the states are, at most `PIECES`, and a divisor of the steps.
-
-        With a `cond` in the step, one for each step. Batched steps turn it into a select of all branches, and transposing
-        that multiplies what the branches not taken have stored, perhaps inf or NaN, by zero. Transposed step by step
-        first, they are selected away.
-        """
-        if self.program.has_branches:
-            return count
-        weights = sum(self.consts[i].size for i in self.active_consts)
-        most = min(PIECES, count * self.layout.size // max(weights, 1), count // 2) if weights else 1
-        return max((p for p in range(1, most + 1) if count % p == 0), default=1)
 
 
 def _filled(leaves: Sequence[Any], places: Sequence[int], values: Sequence[Any]) -> list[Any]:
@@ -203,10 +180,10 @@ def _apply(at: Linearised, u: Unknowns) -> Unknowns:
     new, ys = at.push_all(u.consts, entering, u.xs)
     states = prefix.boundaries(prefix.first(u.states, at.reverse), jax.tree.map(jnp.subtract, leaving, new), at.reverse)
     out = Unknowns(u.consts, u.xs, states, [a - b for a, b in zip(u.ys, ys, strict=True)])
-    return _tied(out, _nothing(u) * _nothing([at.consts, at.xs, at.states]))
+    return _tied(out, nothing(u) * nothing([at.consts, at.xs, at.states]))
 
 
-def _nothing(tree: Any) -> Array:
+def nothing(tree: Any) -> Array:
     """A zero that depends on every differentiable leaf: the sum of no entries of each."""
     floats = [leaf for leaf in jax.tree.leaves(tree) if is_inexact(leaf)]
     return sum((jnp.real(leaf.ravel()[:0]).sum().astype(jnp.float32) for leaf in floats), jnp.float32(0))
@@ -258,14 +235,14 @@ def _swept(at: Linearised, start: list[Array], offsets: list[Array], *, transpos
 
 def tangents(at: Linearised, r: Unknowns) -> Unknowns:
     """Solves A U = r: forward mode, differentiable to any order, transposed by JAX into `cotangents`."""
-    return lax.custom_linear_solve(partial(_apply, at), _tied(r, _nothing(r)), lambda _, r: solve(at, r), transpose_solve=lambda _, c: solve_transposed(at, c))
+    return lax.custom_linear_solve(partial(_apply, at), _tied(r, nothing(r)), lambda _, r: solve(at, r), transpose_solve=lambda _, c: solve_transposed(at, c))
 
 
 def cotangents(at: Linearised, c: Unknowns) -> Unknowns:
     """Solves Aᵀ W = c: reverse mode, differentiable to any order."""
     transposed = jax.linear_transpose(partial(_apply, at), c)
     return lax.custom_linear_solve(
-        lambda w: transposed(w)[0], _tied(c, _nothing(c)), lambda _, c: solve_transposed(at, c), transpose_solve=lambda _, r: solve(at, r)
+        lambda w: transposed(w)[0], _tied(c, nothing(c)), lambda _, c: solve_transposed(at, c), transpose_solve=lambda _, r: solve(at, r)
     )
 
 

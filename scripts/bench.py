@@ -4,6 +4,7 @@
 Each row is a recurrent cell with B states of width n over T steps, every hidden state carrying a cotangent, the gradient being
 taken in the weights and in the initial state. In one run, on the same inputs, results compared first, interleaved:
 
+\b
   lax         jax.value_and_grad through jax.lax.scan
   sequential  a sequential adjoint for the states alone, then one batched pull-back to the weights (method="sequential")
   auto        what parscan.scan chooses by itself
@@ -74,8 +75,8 @@ def make(row: str, length: int, seed: int) -> Problem:
     return Problem(cell, weights, jax.random.normal(keys[2], (b, n)), jax.random.normal(keys[3], (length, b, INPUTS)))
 
 
-def gradient(problem: Problem, scan: Callable[..., Any]) -> Callable[[], Any]:
-    """The compiled loss and gradient in weights and start; the loss reads every hidden state."""
+def gradient(problem: Problem, scan: Callable[..., Any]) -> tuple[Callable[[], Any], int]:
+    """The compiled loss and gradient in weights and start, and its temporary bytes as XLA plans them; the loss reads every hidden state."""
 
     def loss(weights, start, inputs):
         def f(h, x):
@@ -86,7 +87,8 @@ def gradient(problem: Problem, scan: Callable[..., Any]) -> Callable[[], Any]:
         return jnp.mean(states**2) + jnp.mean(final)
 
     compiled = jax.jit(jax.value_and_grad(loss, (0, 1))).lower(*problem[1:]).compile()
-    return lambda: jax.block_until_ready(compiled(*problem[1:]))
+    analysis = compiled.memory_analysis()
+    return lambda: jax.block_until_ready(compiled(*problem[1:])), 0 if analysis is None else analysis.temp_size_in_bytes
 
 
 def backward(problem: Problem, method: parscan.Method | str) -> Callable[[], Any]:
@@ -126,9 +128,10 @@ def measure(row: str, length: int, pairs: int, seed: int, extra: tuple[str, ...]
     scans = {"lax": jax.lax.scan} | {m: lambda f, h, x, m=m: parscan.scan(f, h, x, method=m) for m in ("sequential", "auto", *extra)}
     runs: dict[str, Callable[[], Any]] = {}
     first: dict[str, float] = {}
+    temporary: dict[str, int] = {}
     for name, scan in scans.items():
         begun = time.perf_counter()
-        runs[name] = gradient(problem, scan)
+        runs[name], temporary[name] = gradient(problem, scan)
         runs[name]()
         first[name] = time.perf_counter() - begun
     runs |= {f"backward {m}": backward(problem, m) for m in ("lax", "sequential", "auto")}
@@ -150,21 +153,10 @@ def measure(row: str, length: int, pairs: int, seed: int, extra: tuple[str, ...]
         "ms": {name: 1e3 * float(np.median(t)) for name, t in times.items()},
         "ratio": {name: float(np.median(np.array(times["lax"]) / np.array(times[name]))) for name in scans},
         "spread": {name: [float(q) for q in np.quantile(np.array(times["lax"]) / np.array(times[name]), (0.25, 0.75))] for name in scans},
-        "temporary bytes": {name: memory(problem, scan) for name, scan in scans.items()},
+        "temporary bytes": temporary,
         "first call s": first,
         "gap": gaps,
     }
-
-
-def memory(problem: Problem, scan: Callable[..., Any]) -> int:
-    """Temporary bytes of the compiled gradient, as XLA plans them."""
-
-    def loss(weights, start, inputs):
-        final, states = scan(lambda h, x: (problem.cell(weights, h, x),) * 2, start, inputs)
-        return jnp.mean(states**2) + jnp.mean(final)
-
-    analysis = jax.jit(jax.value_and_grad(loss, (0, 1))).lower(*problem[1:]).compile().memory_analysis()
-    return 0 if analysis is None else analysis.temp_size_in_bytes
 
 
 def table(results: list[dict[str, Any]]) -> str:

@@ -120,9 +120,17 @@ def trace(f: Callable, consts: Flat, carry: Flat, x: Flat) -> tuple[Program, lis
     return Program(closed, len(values), len(carry.leaves)), values, found[-1]
 
 
-def being_staged() -> bool:
-    """Whether a `jit` (or a loop) is being traced, so that a `jit` of our own would add nothing."""
-    return core.unsafe_am_i_under_a_jit_DO_NOT_USE()
+def part(body: Any, invars: Sequence[Any], eqns: Sequence[Any], outvars: Sequence[Any]) -> Callable[..., list[Any]]:
+    """Some equations of a jaxpr as a function from values of `invars` to values of `outvars`."""
+    no_names = body.debug_info._replace(arg_names=None, result_paths=None)  # their number no longer fits
+    cut = body.replace(constvars=(), invars=list(invars), outvars=list(outvars), eqns=list(eqns), debug_info=no_names)
+    return core.jaxpr_as_fun(core.ClosedJaxpr(cut, ()))
+
+
+def jit_unless_staged(f: Callable) -> Callable:
+    """f compiled, its first argument being static; f itself while a `jit` or a loop is being traced, where another would add nothing."""
+    compiled = jax.jit(f, static_argnums=0)
+    return lambda *args: (f if core.unsafe_am_i_under_a_jit_DO_NOT_USE() else compiled)(*args)
 
 
 def slice_spec(leaf: Any) -> jax.ShapeDtypeStruct:

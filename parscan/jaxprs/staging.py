@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax import Array
 from jax.extend import core
 
-from parscan.jaxprs.program import open_jaxpr, slice_spec
+from parscan.jaxprs.program import open_jaxpr, part, slice_spec
 
 
 def staged(cross: Callable[[Any, Array], Array], data: Any, vector: jax.ShapeDtypeStruct) -> tuple[list[Array], Callable[[Any, Array], Array]]:
@@ -49,15 +49,10 @@ def staged(cross: Callable[[Any, Array], Array], data: Any, vector: jax.ShapeDty
     needed = [*(v for eqn in (*step_eqns, *linear_eqns) for v in eqn.invars), *body.outvars]
     shared = list(dict.fromkeys(v for v in needed if isinstance(v, core.Var) and v not in stepwise and v not in linear))
 
-    def part(invars, eqns, outvars):
-        return core.jaxpr_as_fun(
-            core.ClosedJaxpr(body.replace(constvars=(), invars=list(invars), outvars=list(outvars), eqns=eqns, debug_info=_no_names(body)), ())
-        )
-
-    constants = part(body.constvars, shared_eqns, shared)(*closed.consts)
-    each = part([*shared, *body.invars[:-1]], step_eqns, residuals)
+    constants = part(body, body.constvars, shared_eqns, shared)(*closed.consts)
+    each = part(body, [*shared, *body.invars[:-1]], step_eqns, residuals)
     stacked = jax.vmap(each, in_axes=(*(None,) * len(shared), *(0,) * len(leaves)))(*constants, *leaves) if residuals else []
-    rest = part([*shared, *residuals, body.invars[-1]], linear_eqns, body.outvars)
+    rest = part(body, [*shared, *residuals, body.invars[-1]], linear_eqns, body.outvars)
     if not residuals:  # every step is the same map: only their number remains
         return [jnp.zeros((leaves[0].shape[0], 0))], lambda step, vector: rest(*constants, vector)[0]
     return list(stacked), lambda step, vector: rest(*constants, *step, vector)[0]
@@ -65,8 +60,3 @@ def staged(cross: Callable[[Any, Array], Array], data: Any, vector: jax.ShapeDty
 
 def _variables(atoms: Sequence[Any]) -> set[Any]:
     return {a for a in atoms if isinstance(a, core.Var)}
-
-
-def _no_names(body: Any) -> Any:
-    """Debug information without names of arguments and results, whose number no longer fits."""
-    return body.debug_info._replace(arg_names=None, result_paths=None)

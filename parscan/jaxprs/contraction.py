@@ -1,0 +1,72 @@
+"""Products over several axes at once, taken over one.
+
+The cotangent of a weight shared by all steps is a sum over the steps *and* over what a step itself sums over, a batch: two axes of one
+`dot_general`. XLA brings the operands of such a product into order by copying one of them, which on a CPU costs more than the product.
+Where the axes lie side by side in both operands, they are one axis already.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+from jax import lax
+from jax.extend import core
+
+from parscan.jaxprs.program import open_jaxpr, part
+
+
+def contracted(f: Callable, *args: Any) -> Any:
+    """f(*args), every product over several adjacent axes being taken over one.
+
+    Args:
+        f: a function of pytrees of arrays; traced once, not called.
+        args: what it is given.
+    """
+    closed, out = jax.make_jaxpr(f, return_shape=True)(*args)
+    return jax.tree.unflatten(jax.tree.structure(out), _run(open_jaxpr(closed), closed.consts, jax.tree.leaves(args)))
+
+
+def _run(body: Any, consts: Sequence[Any], args: Sequence[Any]) -> list[Any]:
+    """What a jaxpr computes: the products apart, all that lies between two of them in one piece."""
+    known = dict(zip((*body.constvars, *body.invars), (*consts, *args), strict=True))
+
+    def value(atom):
+        return atom.val if isinstance(atom, core.Literal) else known[atom]
+
+    def run(eqns):
+        inputs = list(dict.fromkeys(v for eqn in eqns for v in eqn.invars if not isinstance(v, core.Literal) and v in known))
+        outputs = [v for eqn in eqns for v in eqn.outvars]
+        known.update(zip(outputs, part(body, inputs, eqns, outputs)(*map(value, inputs)), strict=True))
+
+    waiting = []
+    for eqn in body.eqns:
+        if not (_mergeable(eqn) or eqn.primitive.name in ("jit", "pjit")):
+            waiting.append(eqn)
+            continue
+        run(waiting)
+        waiting, values = [], list(map(value, eqn.invars))
+        outs = [_merged(eqn, *values)] if eqn.primitive.name == "dot_general" else _run(open_jaxpr(eqn.params["jaxpr"]), eqn.params["jaxpr"].consts, values)
+        known.update(zip(eqn.outvars, outs, strict=True))
+    run(waiting)
+    return list(map(value, body.outvars))
+
+
+def _mergeable(eqn: Any) -> bool:
+    if eqn.primitive.name != "dot_general":
+        return False
+    contracting, _ = eqn.params["dimension_numbers"]
+    return len(contracting[0]) > 1 and all(list(axes) == list(range(axes[0], axes[0] + len(axes))) for axes in contracting)
+
+
+def _merged(eqn: Any, *operands: Any) -> Any:
+    flat, contracting, batch = [], [], []
+    for x, axes, batched in zip(operands, *eqn.params["dimension_numbers"], strict=True):
+        first, past = axes[0], axes[0] + len(axes)
+        flat.append(lax.reshape(x, (*x.shape[:first], math.prod(x.shape[first:past]), *x.shape[past:])))
+        contracting.append((first,))
+        batch.append(tuple(b if b < first else b - len(axes) + 1 for b in batched))
+    params = {k: v for k, v in eqn.params.items() if k != "dimension_numbers"}
+    return lax.dot_general(*flat, (tuple(contracting), tuple(batch)), **params)
