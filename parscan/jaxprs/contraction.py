@@ -57,13 +57,17 @@ def _run(body: Any, consts: Sequence[Any], args: Sequence[Any]) -> list[Any]:
 def _mergeable(eqn: Any) -> bool:
     if eqn.primitive.name != "dot_general":
         return False
-    contracting, _ = eqn.params["dimension_numbers"]
-    return len(contracting[0]) > 1 and all(list(axes) == list(range(axes[0], axes[0] + len(axes))) for axes in contracting)
+    return all(len(axes) > 1 and axes == tuple(range(axes[0], axes[0] + len(axes))) for axes in _summed(eqn))
+
+
+def _summed(eqn: Any) -> tuple[tuple[int, ...], ...]:
+    """The axes of both operands that a product sums over, in the order of the first operand's."""
+    return tuple(zip(*sorted(zip(*eqn.params["dimension_numbers"][0], strict=True)), strict=True)) or ((), ())
 
 
 def _merged(eqn: Any, *operands: Any) -> Any:
     flat, contracting, batch = [], [], []
-    for x, axes, batched in zip(operands, *eqn.params["dimension_numbers"], strict=True):
+    for x, axes, batched in zip(operands, _summed(eqn), eqn.params["dimension_numbers"][1], strict=True):
         first, past = axes[0], axes[0] + len(axes)
         flat.append(lax.reshape(x, (*x.shape[:first], math.prod(x.shape[first:past]), *x.shape[past:])))
         contracting.append((first,))
