@@ -39,8 +39,9 @@ def then(second: Affine, first: Affine) -> Affine:
     P₂ 2^e₂ P₁ 2^e₁: 2^e₂ P₁ is rescaled by column before it meets P₂, so nothing overflows on the way, and so is the product.
     """
     outer: Any = scaled(second)  # of the same kind as `first`
-    inner, carried = first.matrix.balanced(rows=outer.exponent)
-    matrix, exponent = renormalised(outer.matrix.after(inner), carried if first.exponent is None else first.exponent + carried)
+    inner: Any = scaled(first)
+    matrix, carried = inner.matrix.shifted(outer.exponent)
+    matrix, exponent = renormalised(outer.matrix.after(matrix), inner.exponent + carried)
     return Affine(matrix, exponent, apply(second, first.offset))
 
 

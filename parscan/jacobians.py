@@ -74,8 +74,13 @@ class Dense:
         """The product self · first: `first` is applied first."""
         return Dense(jnp.matmul(self.matrix, first.matrix, precision=lax.Precision.HIGHEST))
 
-    def balanced(self, rows: Array | None = None) -> tuple[Dense, Array]:
-        """2^rows · J as a mantissa and one exponent a column; rows and exponents int32 (..., n)."""
+    def balanced(self) -> tuple[Dense, Array]:
+        """J as a mantissa and one exponent a column, int32 (..., n)."""
+        mantissa, exponent = _balanced(self.matrix, None)
+        return Dense(mantissa), exponent
+
+    def shifted(self, rows: Array) -> tuple[Dense, Array]:
+        """2^rows · J, balanced anew; rows and exponents int32 (..., n)."""
         mantissa, exponent = _balanced(self.matrix, rows)
         return Dense(mantissa), exponent
 
@@ -125,9 +130,14 @@ class BlockDiagonal:
         """The product self · first: `first` is applied first."""
         return BlockDiagonal(jnp.matmul(self.blocks, first.blocks, precision=lax.Precision.HIGHEST))
 
-    def balanced(self, rows: Array | None = None) -> tuple[BlockDiagonal, Array]:
-        """2^rows · J as a mantissa and one exponent a column; rows and exponents int32 (..., n)."""
-        mantissa, exponent = _balanced(self.blocks, None if rows is None else self._split(rows))
+    def balanced(self) -> tuple[BlockDiagonal, Array]:
+        """J as a mantissa and one exponent a column, int32 (..., n)."""
+        mantissa, exponent = _balanced(self.blocks, None)
+        return BlockDiagonal(mantissa), exponent.reshape(*exponent.shape[:-2], self.size)
+
+    def shifted(self, rows: Array) -> tuple[BlockDiagonal, Array]:
+        """2^rows · J, balanced anew; rows and exponents int32 (..., n)."""
+        mantissa, exponent = _balanced(self.blocks, self._split(rows))
         return BlockDiagonal(mantissa), exponent.reshape(*exponent.shape[:-2], self.size)
 
     def to_dense(self) -> Array:
@@ -176,10 +186,14 @@ class Diagonal:
         """The product self · first."""
         return Diagonal(self.diagonal * first.diagonal)
 
-    def balanced(self, rows: Array | None = None) -> tuple[Diagonal, Array]:
-        """2^rows · J as a mantissa and one exponent an entry; rows and exponents int32 (..., n)."""
+    def balanced(self) -> tuple[Diagonal, Array]:
+        """J as a mantissa and one exponent an entry, int32 (..., n)."""
         top = jnp.where(self.diagonal == 0, 0, exponents.exponent(self.diagonal))
-        return Diagonal(exponents.scaled(self.diagonal, -top)), top if rows is None else top + rows
+        return Diagonal(exponents.scaled(self.diagonal, -top)), top
+
+    def shifted(self, rows: Array) -> tuple[Diagonal, Array]:
+        """2^rows · J for a J that is balanced: as balanced as it was; rows and exponents int32 (..., n)."""
+        return self, rows
 
     def to_dense(self) -> Array:
         """The full matrix, (..., n, n)."""
