@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from parscan import checks, prefix, system
-from parscan.jaxprs import Flat, Program, has_effects, jit_unless_staged, slice_spec, trace
+from parscan.jaxprs import Flat, Program, is_batchable, jit_unless_staged, slice_spec, trace
 from parscan.methods import Lax, Method, Sequential, parse_method
 from parscan.planning import Plan, plan_for
 from parscan.stacking import Stacked, check_state, split_params
@@ -100,7 +100,7 @@ def parallel_backward(
         Flat.of([slice_spec(leaf) for leaf in stacked.leaves]),
     )
     plan, layout = plan_for(program, count, parsed, claim, fallback=Sequential())
-    by_jax = isinstance(plan.method, Lax) or (layout is None and has_effects(program))
+    by_jax = isinstance(plan.method, Lax) or (layout is None and not is_batchable(program))
     spec = Backward(program, None if by_jax else layout or layout_of(program, "dense"), plan.method, len(consts) - len(stacked.shared), layout is not None)
     to_shared, to_stacked, to_states = _compiled(spec, consts, stacked.leaves, states, cotangents)
 
@@ -122,10 +122,11 @@ def _run(spec: Backward, consts: list, xs: list, states: list, cotangents: list)
     """Gradients of the floating-point leaves: shared parameters, stacked parameters, activations."""
     program, entering = spec.program, [h[:-1] for h in states]
     shared = tuple(i for i in range(spec.closed_over, len(consts)) if checks.is_inexact(consts[i]))
+    floats = tuple(i for i, h in enumerate(states) if checks.is_inexact(h))
     inputs = tuple(i for i, x in enumerate(xs) if checks.is_inexact(x))
     if spec.layout is None:
-        return _by_jax(program, consts, xs, entering, cotangents, shared, inputs)
-    at = system.Linearised(program, spec.layout, spec.method, False, consts, xs, entering, shared, inputs, ())
+        return _by_jax(program, consts, xs, entering, cotangents, shared, floats, inputs)
+    at = system.Linearised(program, spec.layout, spec.method, False, consts, xs, entering, shared, floats, inputs, ())
     right = system.zeros(at, entering[0].shape[0])._replace(states=cotangents)
     found = system.cotangents(at, right) if spec.differentiable else system.solve_transposed(at, right)
     return found.consts, found.xs, found.states
@@ -134,9 +135,9 @@ def _run(spec: Backward, consts: list, xs: list, states: list, cotangents: list)
 _compiled = jit_unless_staged(_run)
 
 
-def _by_jax(program: Program, consts: list, xs: list, entering: list, cotangents: list, shared: tuple, inputs: tuple) -> tuple[list, list, list]:
+def _by_jax(program: Program, consts: list, xs: list, entering: list, cotangents: list, shared: tuple, floats: tuple, inputs: tuple) -> tuple[list, list, list]:
     """JAX's own order: one loop, each step's whole VJP in it."""
-    at = system.Linearised(program, layout_of(program, "dense"), Sequential(), False, consts, xs, entering, shared, inputs, ())
+    at = system.Linearised(program, layout_of(program, "dense"), Sequential(), False, consts, xs, entering, shared, floats, inputs, ())
 
     def step(carry, one):
         after, total = carry

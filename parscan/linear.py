@@ -29,7 +29,7 @@ def linear_scan(A: Jacobian, b: Array, h0: Array, *, reverse: bool = False, meth
         method: `"auto"` (a walk on a CPU, a tree elsewhere), or as for `scan`.
 
     Returns:
-        (L, n), of the dtype A, b and h0 promote to: h_1 … h_L (h_0 … h_{L-1} in reverse, where h_L is the start).
+        (L, n), of the dtype A, b and h0 promote to, half precision being computed in float32: h_1 … h_L (h_0 … h_{L-1} in reverse, where h_L is the start).
 
     Raises:
         TypeError: A is no Jacobian kind; complex or integer arrays. ValueError: shapes that do not fit; an unknown method.
@@ -40,6 +40,11 @@ def linear_scan(A: Jacobian, b: Array, h0: Array, *, reverse: bool = False, meth
     """
     parsed = parse_method(method)
     A, b, h0 = _checked(A, b, h0)
+    if b.shape[0] == 0:
+        return b
+    if b.dtype.itemsize < 4:
+        wide = jax.tree.map(lambda x: x.astype(jnp.float32), (A, b, h0))
+        return linear_scan(*wide, reverse=reverse, method=method).astype(b.dtype)
     if isinstance(parsed, Lax):
         data, cross = _entries(A, b.shape[0])
         return prefix.walk((data, b), h0, lambda step, h: cross(step[0], h) + step[1], reverse=reverse)

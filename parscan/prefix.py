@@ -80,7 +80,9 @@ def tree(maps: Maps, start: Value, apply: Apply, then: Then, *, reverse: bool = 
     count = length(maps)
     if count == 1:
         return apply(maps, jax.tree.map(lambda s: s[None], start))
-    if count == 0 or levels == 0:
+    if count == 0:
+        return jax.tree.map(lambda s: s[None][:0], start)
+    if levels == 0:
         return walk(maps, start, apply, reverse=reverse)
     pairs, firsts = count // 2, (count + 1) // 2
     # Position p of the journey is entry p, or entry count - 1 - p in reverse: where positions 0, 2, … and 1, 3, … begin.

@@ -18,7 +18,7 @@ from parscan.jaxprs import Flat, Program, jit_unless_staged, slice_spec, trace
 from parscan.methods import Lax, Method, parse_method
 from parscan.planning import Plan, plan_for
 from parscan.stacking import check_state, split_params
-from parscan.structure import Claim, Layout, parse_structure
+from parscan.structure import Claim, Layout, active_leaves, parse_structure
 
 Carry = TypeVar("Carry")
 X = TypeVar("X")
@@ -95,6 +95,8 @@ def _derivative(spec: Recurrence, primals: tuple, tangents: tuple) -> tuple[tupl
     consts_dot, init_dot, xs_dot = tangents
     final, ys, entering = _run_stored(spec, consts, init, xs)
     forwarded = spec.program.forwarded
+    from_consts, from_xs = _active(consts_dot), _active(xs_dot)
+    moving, emitting = active_leaves(spec.program, from_consts, _active(init_dot), from_xs)
     at = system.Linearised(
         spec.program,
         spec.layout,
@@ -103,9 +105,10 @@ def _derivative(spec: Recurrence, primals: tuple, tangents: tuple) -> tuple[tupl
         consts,
         xs,
         entering,
-        _active(consts_dot),
-        _active(xs_dot),
-        tuple(i for i, y in enumerate(ys) if checks.is_inexact(y) and forwarded[i] is None),
+        from_consts,
+        moving,
+        from_xs,
+        tuple(i for i in emitting if forwarded[i] is None),
     )
     rhs = system.zeros(at, spec.length)
     start = [jnp.zeros_like(h) if isinstance(d, SymbolicZero) else d for h, d in zip(init, init_dot, strict=True) if checks.is_inexact(h)]
@@ -114,8 +117,8 @@ def _derivative(spec: Recurrence, primals: tuple, tangents: tuple) -> tuple[tupl
     solved = system.tangents(at, rhs)
 
     def scattered(like: list, floats: list) -> list:
-        rest = iter(floats)
-        return [next(rest) if checks.is_inexact(h) else zero_from_primal(h, symbolic_zeros=True) for h in like]
+        all_ = dict(zip((i for i, h in enumerate(like) if checks.is_inexact(h)), floats, strict=True))
+        return [all_[i] if i in moving else zero_from_primal(h, symbolic_zeros=True) for i, h in enumerate(like)]
 
     final_dot = scattered(final, prefix.first(solved.states, not spec.reverse))
     entering_dot = scattered(entering, prefix.entering(solved.states, spec.reverse))

@@ -223,6 +223,43 @@ def _derivative_dependence(program: Program) -> list[Dependence]:
     return dependence(closed, range(len(floats)))
 
 
+def active_leaves(program: Program, consts: Sequence[int], carry: Sequence[int], xs: Sequence[int]) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """The leaves of the carry and of y that have a derivative, given the leaves of consts, first carry and xs that have one.
+
+    As `lax.scan` finds them: by following the derivative around the loop until nothing is added.
+    """
+    before, count = len(program.avals[0]), program.num_carry
+    influences = _influences(program)
+    active = {*consts, *(before + i for i in carry), *(before + count + i for i in xs)}
+    while new := {before + i for i in range(count) if influences[i] & active} - active:
+        active |= new
+    moving = tuple(i for i in range(count) if before + i in active)
+    return moving, tuple(i for i, inputs in enumerate(influences[count:]) if inputs & active)
+
+
+@functools.lru_cache(maxsize=256)
+def _influences(program: Program) -> list[frozenset[int]]:
+    """For every leaf of the new carry, then of y: the inputs, counted through consts, carry and x, on which its derivative depends."""
+    inputs = [aval for part in program.avals for aval in part]
+    before, count = len(program.avals[0]), program.num_carry
+    floats = [i for i, aval in enumerate(inputs) if is_inexact(aval)]
+    outs = [aval for part in program.out_avals for aval in part]
+
+    def derivative(tangents, inputs):
+        def of_floats(some):
+            full = list(inputs)
+            for i, value in zip(floats, some, strict=True):
+                full[i] = value
+            new, ys = program(full[:before], full[before : before + count], full[before + count :])
+            return [leaf for leaf in (*new, *ys) if is_inexact(leaf)]
+
+        return jax.jvp(of_floats, ([inputs[i] for i in floats],), (list(tangents),))[1]
+
+    closed = jax.make_jaxpr(derivative)([inputs[i] for i in floats], inputs)
+    found = iter(dependence(closed, range(len(floats))))
+    return [frozenset(floats[leaf] for leaf in next(found)) if is_inexact(aval) else frozenset() for aval in outs]
+
+
 def _components(count: int, outs: Sequence[Dependence]) -> list[list[int]]:
     """Leaves that influence one another, directly or not."""
     label = list(range(count))

@@ -51,7 +51,8 @@ class Linearised(NamedTuple):
     reverse: the recurrence runs from the last step to the first.
     consts, xs: all of them, xs with leading axis L.
     states: the carry entering each step, leading axis L.
-    active_consts, active_xs, active_ys: positions of the leaves that take part.
+    active_consts, active_states, active_xs, active_ys: positions of the leaves that take part. A floating-point leaf of the carry
+        that does not (a clock that nothing differentiates) keeps its place in the layout; its derivatives are zero and never taken.
     """
 
     program: Program
@@ -62,6 +63,7 @@ class Linearised(NamedTuple):
     xs: Sequence[Any]
     states: Sequence[Any]
     active_consts: tuple[int, ...]
+    active_states: tuple[int, ...]
     active_xs: tuple[int, ...]
     active_ys: tuple[int, ...]
 
@@ -72,7 +74,8 @@ class Linearised(NamedTuple):
     def step(self, data: Any, consts: list[Any], state: list[Any], x: list[Any]) -> tuple[list[Any], list[Any]]:
         """One step as a function of the active leaves; `data` is that step's (states, xs), which fills in the others."""
         states, xs = data
-        new, ys = self.program(_filled(self.consts, self.active_consts, consts), _filled(states, self._floats, state), _filled(xs, self.active_xs, x))
+        moving = [value for i, value in zip(self._floats, state, strict=True) if i in self.active_states]
+        new, ys = self.program(_filled(self.consts, self.active_consts, consts), _filled(states, self.active_states, moving), _filled(xs, self.active_xs, x))
         return [new[i] for i in self._floats], [ys[i] for i in self.active_ys]
 
     @property

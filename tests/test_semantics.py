@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax import lax
+from jax.flatten_util import ravel_pytree
 from support import assert_close
 
 import parscan
@@ -197,7 +198,8 @@ def test_random_steps(steps, length, reverse, method, transformation):
             "checkpoint": lambda: jax.grad(jax.checkpoint(value), (0, 1))(START, xs),
         }[transformation]()
 
-    assert_close(loss(parscan.scan, method=method), loss(lax.scan), 1e-9)
+    together = lambda tree: ravel_pytree(tree)[0]  # a leaf may cancel to nearly nothing, as after `h - h.mean(0)`
+    assert_close(together(loss(parscan.scan, method=method)), together(loss(lax.scan)), 1e-9)
 
 
 EMPTY = {

@@ -3,7 +3,7 @@
 from parscan.jaxprs.contraction import contracted
 from parscan.jaxprs.cost import flops
 from parscan.jaxprs.dependence import Dependence, dependence
-from parscan.jaxprs.obstacles import has_effects, obstacle
+from parscan.jaxprs.obstacles import is_batchable, obstacle
 from parscan.jaxprs.program import Flat, Program, jit_unless_staged, slice_spec, trace
 from parscan.jaxprs.staging import staged
 
@@ -14,7 +14,7 @@ __all__ = [
     "contracted",
     "dependence",
     "flops",
-    "has_effects",
+    "is_batchable",
     "jit_unless_staged",
     "obstacle",
     "slice_spec",

@@ -9,7 +9,7 @@ from typing import Any
 import jax
 
 from parscan.checks import is_complex, is_inexact
-from parscan.jaxprs.program import Program, open_jaxpr, sub_jaxprs
+from parscan.jaxprs.program import Program, equations, open_jaxpr, sub_jaxprs
 
 _LIBRARIES = tuple(os.path.dirname(os.path.abspath(module.__file__ or "")) + os.sep for module in (jax, __import__("jaxlib"), __import__("parscan")))
 
@@ -28,11 +28,12 @@ def obstacle(program: Program) -> str | None:
     """Why the derivative of this step may not be pushed a basis through, or `None`.
 
     A custom VJP need not be linear in the cotangent (gradient clipping is not), a collective mixes what another device
-    or mapped axis holds, an effect would be repeated, a mutable reference read at the wrong time.
+    or mapped axis holds, an effect would be repeated, a mutable reference read at the wrong time, and what may not be
+    batched cannot be taken for all steps at once.
     """
     if any(map(is_complex, program.avals[1])):
         return "the carry is complex"
-    found = _in_equations(program.jaxpr)
+    found = _in_equations(program.jaxpr) or _unbatchable(program)
     if found is not None:
         return found
     try:
@@ -44,9 +45,23 @@ def obstacle(program: Program) -> str | None:
     return None
 
 
-def has_effects(program: Program) -> bool:
-    """Whether running it does more than compute, so that it cannot be batched."""
-    return bool(open_jaxpr(program.jaxpr).effects)
+def is_batchable(program: Program) -> bool:
+    """Whether all steps may be run at once."""
+    return not open_jaxpr(program.jaxpr).effects and _unbatchable(program) is None
+
+
+def _unbatchable(program: Program) -> str | None:
+    """What would come out differently for a batch of steps, or not at all."""
+    for eqn in equations(program.jaxpr):
+        draws = eqn.primitive.name in ("random_bits", "random_split", "random_fold_in") and "fry" not in eqn.invars[0].aval.dtype.name
+        if draws or eqn.primitive.name in ("rng_bit_generator", "rng_uniform"):
+            return f"{where(eqn)} draws other numbers for a batch of steps than step by step; keys of the default kind (threefry2x32) do not"
+    avals = [aval for group in (*program.avals, *program.out_avals) for aval in group if hasattr(aval, "shape")]
+    if not all(isinstance(size, int) for aval in avals for size in aval.shape):
+        return "an array has a symbolic dimension"
+    if any(axis is not None for aval in avals for axis in getattr(getattr(aval, "sharding", None), "spec", ())):
+        return "an array is sharded over an explicit mesh axis"
+    return None
 
 
 def _in_equations(jaxpr: Any) -> str | None:

@@ -9,6 +9,8 @@ import jax
 import numpy as np
 from jax.extend import core
 
+from parscan.checks import is_inexact
+
 AnyJaxpr = Any  # a ClosedJaxpr or a Jaxpr: one class in jax 0.12, two before
 
 
@@ -49,6 +51,7 @@ class Program:
         self.num_consts, self.num_carry = num_consts, num_carry
         self._key = (num_consts, num_carry, _fingerprint(self.jaxpr))
         self._hash = hash(self._key)
+        self.is_portable = not any(_closes_over_tracers(eqn) for eqn in equations(self.jaxpr))  # may be compiled apart from where it was traced
 
     def __call__(self, consts: Sequence[Any], carry: Sequence[Any], x: Sequence[Any]) -> tuple[list[Any], list[Any]]:
         outs = core.jaxpr_as_fun(self.jaxpr)(*consts, *carry, *x)
@@ -128,18 +131,26 @@ def part(body: Any, invars: Sequence[Any], eqns: Sequence[Any], outvars: Sequenc
 
 
 def jit_unless_staged(f: Callable) -> Callable:
-    """f compiled, its first argument being static; f itself while a `jit` or a loop is being traced, where another would add nothing."""
+    """f(spec, …) compiled for its `spec`, which holds a `program`; f itself while a `jit` or a loop is being traced, where another would
+    add nothing, and if the program cannot leave the trace it was made in."""
     compiled = jax.jit(f, static_argnums=0)
-    return lambda *args: (f if core.unsafe_am_i_under_a_jit_DO_NOT_USE() else compiled)(*args)
+    return lambda spec, *args: (compiled if spec.program.is_portable and not core.unsafe_am_i_under_a_jit_DO_NOT_USE() else f)(spec, *args)
 
 
 def slice_spec(leaf: Any) -> jax.ShapeDtypeStruct:
     """The abstract value of one step of a stacked leaf."""
-    return jax.ShapeDtypeStruct(np.shape(leaf)[1:], leaf.dtype if hasattr(leaf, "dtype") else jax.dtypes.result_type(leaf))
+    dtype, sharding = leaf.dtype if hasattr(leaf, "dtype") else jax.dtypes.result_type(leaf), None
+    if isinstance(leaf, jax.Array) and any(axis is not None for axis in jax.typeof(leaf).sharding.spec):  # over explicit mesh axes
+        sharding = jax.typeof(leaf).sharding
+        sharding = sharding.update(spec=jax.sharding.PartitionSpec(*sharding.spec[1:]))
+    return jax.ShapeDtypeStruct(np.shape(leaf)[1:], dtype, sharding=sharding)
 
 
-def _fingerprint(jaxpr: AnyJaxpr) -> Hashable:
-    """Equations with variables numbered by appearance; what cannot be compared by value is compared by identity."""
+def _fingerprint(jaxpr: AnyJaxpr, unfolded: frozenset[int] = frozenset()) -> Hashable:
+    """Equations with variables numbered by appearance; what cannot be compared by value is compared by identity.
+
+    unfolded: the rules of `custom_jvp` functions that this jaxpr is itself found in.
+    """
     numbers: dict[Any, int] = {}
 
     def number(var):
@@ -151,11 +162,13 @@ def _fingerprint(jaxpr: AnyJaxpr) -> Hashable:
             return (a.aval, value.tobytes()) if value.dtype != object else (a.aval, id(a.val))
         return number(a)
 
-    def param(value, name=None):
-        if name == "jvp_jaxpr_fun":
-            return _rule(value)
+    def params(eqn):
+        own = {"jvp_jaxpr_fun": _rule(eqn, unfolded)} if eqn.primitive.name == "custom_jvp_call" else {}
+        return tuple((k, own[k] if k in own else param(v)) for k, v in sorted(eqn.params.items()))
+
+    def param(value):
         if hasattr(open_jaxpr(value), "eqns"):
-            return (_fingerprint(value), tuple(map(_constant, getattr(value, "consts", ()))))
+            return _closed(value, unfolded)
         if isinstance(value, (tuple, list)):
             return (type(value).__name__, *map(param, value))
         if isinstance(value, dict):
@@ -170,28 +183,68 @@ def _fingerprint(jaxpr: AnyJaxpr) -> Hashable:
 
     body = open_jaxpr(jaxpr)
     heads = tuple((number(v), v.aval) for v in (*body.constvars, *body.invars))
-    eqns = tuple(
-        (e.primitive, tuple((k, param(v, k)) for k, v in sorted(e.params.items())), tuple(map(atom, e.invars)), tuple((number(v), v.aval) for v in e.outvars))
-        for e in body.eqns
-    )
+    eqns = tuple((e.primitive, params(e), tuple(map(atom, e.invars)), tuple((number(v), v.aval) for v in e.outvars)) for e in body.eqns)
     return heads, eqns, tuple(map(atom, body.outvars))
 
 
-def _rule(wrapped: Any) -> Hashable:
-    """The user's `custom_jvp` rule and the structure of its arguments. JAX wraps it anew in every trace, in closures of its own.
+def _closed(jaxpr: AnyJaxpr, unfolded: frozenset[int]) -> Hashable:
+    return (_fingerprint(jaxpr, unfolded), tuple(map(_constant, getattr(jaxpr, "consts", ()))))
 
-    Where a release keeps it elsewhere, and where arguments are bound to it (`nondiff_argnums`), the wrapper itself: equal to no other.
+
+def _rule(eqn: Any, unfolded: frozenset[int]) -> Hashable:
+    """A `custom_jvp` rule: the user's function, by identity, and what it computes now, since it may read what has changed.
+
+    JAX wraps the rule anew in every trace, in closures of its own. Where a release keeps it elsewhere, and where arguments are bound to it
+    (`nondiff_argnums`), the wrapper itself: equal to no other. A rule that calls its own function is unfolded once.
     """
+    wrapped, computed = _users(eqn.params["jvp_jaxpr_fun"]), _linearised(eqn)
+    if wrapped is None or len(wrapped.transforms) != 1 or computed is None:
+        return _ById(eqn.params["jvp_jaxpr_fun"])
+    rule, ((_, flattening),) = wrapped.f, wrapped.transforms
+    key = (_ById(rule), *(value for value in flattening if not callable(value)))
+    return key if id(rule) in unfolded else (*key, _closed(computed, unfolded | {id(rule)}))
+
+
+def _users(wrapped: Any) -> Any:
+    """The wrapper right around the user's rule, which knows its arguments, inside those that JAX puts around it; None if not found."""
 
     def closed_over(f):
         return [cell.cell_contents for cell in getattr(f, "__closure__", None) or ()]
 
-    inside = [value for thunk in closed_over(getattr(wrapped, "f", None)) for value in closed_over(thunk)]
-    found = [value for value in inside if hasattr(value, "transforms")]
-    if len(found) != 1 or len(found[0].transforms) != 1:
-        return wrapped
-    ((_, flattening),) = found[0].transforms
-    return (found[0].f, *(value for value in flattening if not callable(value)))
+    while hasattr(wrapped, "transforms") and not wrapped.transforms:
+        inside = [value for f in (wrapped.f, *closed_over(wrapped.f)) for value in closed_over(f) if hasattr(value, "transforms")]
+        wrapped = inside[0] if len(inside) == 1 else None
+    return wrapped
+
+
+def _linearised(eqn: Any) -> AnyJaxpr | None:
+    """The values and tangents of a `custom_jvp` equation. None if its rule fails, or asks which tangents are zero."""
+    if eqn.params["symbolic_zeros"]:
+        return None
+    floats = [i for i, a in enumerate(eqn.invars) if is_inexact(a.aval)]
+
+    def call(primals, tangents):
+        def of_floats(*some):
+            full = list(primals)
+            for i, value in zip(floats, some, strict=True):
+                full[i] = value
+            return eqn.primitive.bind(*full, **eqn.primitive.get_bind_params(eqn.params))
+
+        return jax.jvp(of_floats, [primals[i] for i in floats], tangents)
+
+    avals = [jax.ShapeDtypeStruct(a.aval.shape, a.aval.dtype) for a in eqn.invars]
+    try:
+        return jax.make_jaxpr(call)(avals, [avals[i] for i in floats])
+    except Exception:  # the user's own rule: whatever it raises, it raises again where it is needed
+        return None
+
+
+def _closes_over_tracers(eqn: Any) -> bool:
+    """Whether a `custom_jvp` rule reads what an outer transformation is about to replace."""
+    if eqn.primitive.name != "custom_jvp_call":
+        return False
+    computed = _linearised(eqn)
+    return computed is not None and any(isinstance(value, jax.core.Tracer) for value in computed.consts)
 
 
 def _constant(value: Any) -> Hashable:
