@@ -15,7 +15,7 @@ from parscan import checks, prefix, system
 from parscan.jaxprs import Flat, Program, is_batchable, jit_unless_staged, slice_spec, trace
 from parscan.methods import Lax, Method, Sequential, parse_method
 from parscan.planning import Plan, plan_for
-from parscan.stacking import Stacked, check_state, split_params
+from parscan.stacking import Stacked, check_layer, check_state, split_params
 from parscan.structure import Layout, layout_of, parse_structure
 
 
@@ -86,8 +86,7 @@ def parallel_backward(
         (50, 3, 3)
     """
     parsed, claim = parse_method(method), parse_structure(structure)
-    if not callable(layer):
-        raise TypeError(f"`layer` must be a callable (params_i, h) -> h; got {layer!r}.")
+    check_layer(layer)
     count = _check_activations(activations)
     stacked = split_params(params, params_axes, count, source="the leading axis of `activations`, one more than the number of layers,")
     states, tree = jax.tree.flatten(activations)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from numbers import Integral
 from typing import Any
 
 import jax
@@ -23,13 +24,31 @@ def is_complex(leaf: Any) -> bool:
 
 
 def dtype_of(leaf: Any) -> Any:
-    """The dtype JAX would give a leaf: Python scalars and float0 arrays included."""
-    return leaf.dtype if hasattr(leaf, "dtype") else dtypes.result_type(leaf)
+    """The dtype JAX would give a leaf: Python scalars, NumPy's double precision and float0 arrays included."""
+    own = getattr(leaf, "dtype", None)
+    wide = isinstance(leaf, (np.ndarray, np.generic)) and own in (np.float64, np.int64, np.uint64, np.complex128)
+    return dtypes.result_type(leaf) if own is None or wide else own
 
 
 def shape_of(leaf: Any) -> tuple[int, ...]:
     """The shape of a leaf, `()` for a Python scalar."""
     return tuple(jnp.shape(leaf))
+
+
+def is_array(leaf: Any) -> bool:
+    """Whether a leaf is an array, a tracer, an abstract value or a number."""
+    return (hasattr(leaf, "shape") and hasattr(leaf, "dtype")) or isinstance(leaf, (bool, int, float, complex))
+
+
+def integer(name: str, value: Any, least: int, otherwise: str = "") -> int:
+    """The value as a Python integer.
+
+    Raises:
+        ValueError: it is none, or below `least`; `otherwise` says what else is allowed.
+    """
+    if isinstance(value, bool) or not isinstance(value, Integral) or value < least:
+        raise ValueError(f"`{name}` must be an integer of at least {least}{otherwise}; got {value!r}.")
+    return int(value)
 
 
 def describe(leaf: Any) -> str:

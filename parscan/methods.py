@@ -19,10 +19,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from parscan.checks import integer
 
-def _at_least_one(owner: str, name: str, value: int | None) -> None:
-    if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
-        raise ValueError(f"`{owner}({name}=...)` must be an integer of at least 1, or None to have it chosen; got {value!r}.")
+
+def _check(method: Any, name: str, least: int, none: str) -> None:
+    """That a size is an integer of at least `least`, or None, which means `none`."""
+    value = getattr(method, name)
+    if value is not None:
+        object.__setattr__(method, name, integer(f"{type(method).__name__}({name}=...)", value, least, f", or None {none}"))
 
 
 @dataclass(frozen=True)
@@ -80,7 +84,7 @@ class Walk(Method):
     segment: int | None = None
 
     def __post_init__(self) -> None:
-        _at_least_one("Walk", "segment", self.segment)
+        _check(self, "segment", 1, "to have it chosen")
 
 
 @dataclass(frozen=True)
@@ -124,9 +128,8 @@ class Chunked(Method):
     levels: int | None = None
 
     def __post_init__(self) -> None:
-        _at_least_one("Chunked", "size", self.size)
-        if self.levels is not None and (isinstance(self.levels, bool) or not isinstance(self.levels, int) or self.levels < 0):
-            raise ValueError(f"`Chunked(levels=...)` must be an integer of at least 0, or None for all; got {self.levels!r}.")
+        _check(self, "size", 1, "to have it chosen")
+        _check(self, "levels", 0, "for all")
 
 
 BY_NAME: dict[str, type[Method]] = {kind.__name__.lower(): kind for kind in (Lax, Sequential, Walk, Associative, Tree, Chunked)}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import partial, update_wrapper
 from typing import Any, TypeVar
 
 import jax
@@ -17,7 +17,7 @@ from parscan import checks, prefix, system
 from parscan.jaxprs import Flat, Program, jit_unless_staged, slice_spec, trace
 from parscan.methods import Lax, Method, parse_method
 from parscan.planning import Plan, plan_for
-from parscan.stacking import check_state, split_params
+from parscan.stacking import check_layer, check_state, split_params
 from parscan.structure import Claim, Layout, active_leaves, parse_structure
 
 Carry = TypeVar("Carry")
@@ -173,7 +173,10 @@ def _traced(
     leaves, xs_tree = jax.tree.flatten(xs)
     if not callable(f) or not all(hasattr(x, "shape") and x.ndim for x in leaves):
         return None
-    lengths = {x.shape[0] for x in leaves} | ({operator.index(length)} if length is not None else set())
+    try:
+        lengths = {operator.index(n) for n in (*(x.shape[0] for x in leaves), *(() if length is None else (length,)))}
+    except TypeError:  # a tracer's error is one, too
+        return None
     if len(lengths) != 1:
         return None
     (count,) = lengths
@@ -185,6 +188,7 @@ def _traced(
             raise _NotAScan
         return out
 
+    update_wrapper(pair, f, assigned=("__name__", "__qualname__"))  # JAX names the function that it was tracing
     flat, promoted = init_.leaves, True
     try:
         while promoted:  # at most twice: a weakly typed carry takes the type that comes out, as in lax.scan
@@ -332,6 +336,7 @@ def forward(
         >>> activations.shape
         (11, 3)
     """
+    check_layer(layer)
     parsed, claim = parse_method(method), parse_structure(structure)
     stacked = split_params(params, params_axes, length)
 
@@ -377,8 +382,7 @@ def chain(
         >>> jax.grad(lambda w: apply(w, jnp.ones((4, 3))).sum())(jnp.ones((50, 3, 3))).shape
         (50, 3, 3)
     """
-    if not callable(layer):
-        raise TypeError(f"`layer` must be a callable (params_i, h) -> h; got {layer!r}.")
+    check_layer(layer)
     parsed, claim = parse_method(method), parse_structure(structure)
 
     def apply(params, x):

@@ -7,7 +7,7 @@ from typing import Any
 
 import jax
 
-from parscan.checks import describe, dtype_of, named_leaves, shape_of, structure_difference
+from parscan.checks import describe, dtype_of, integer, is_array, named_leaves, shape_of, structure_difference
 
 STACK_THEM = "Stack them with jax.tree.map(lambda *p: jnp.stack(p), *layers), or mark what all layers share by None in `params_axes`"
 
@@ -37,11 +37,16 @@ def split_params(params: Any, params_axes: Any, length: int | None, *, source: s
         length: L if known otherwise; `source` says from where.
 
     Raises:
-        ValueError: a leaf without the leading axis, lengths that disagree, an axis other than 0 and None, no length at all.
+        ValueError: a leaf without the leading axis, lengths that disagree, an axis other than 0 and None, no length at all. TypeError: a
+            leaf that is no array.
     """
     leaves, tree = jax.tree.flatten(params)
     axes = _axes(params, params_axes)
     named = named_leaves("params", params)
+    strange = [f"{name}: {leaf!r}" for name, leaf in named if not is_array(leaf)]
+    if strange:
+        raise TypeError(f"`params` must hold arrays alone; got {', '.join(strange)}. Let the layer close over what is no array.")
+    length = None if length is None else integer("length", length, 0)
     stacked = [(name, leaf) for (name, leaf), axis in zip(named, axes, strict=True) if axis is not None]
     bad = [f"{name}: {describe(leaf)}" for name, leaf in stacked if not shape_of(leaf)]
     if bad:
@@ -68,6 +73,12 @@ def _axes(params: Any, params_axes: Any) -> list[int | None]:
     if any(axis is not None and (isinstance(axis, bool) or axis != 0) for axis in axes):
         raise ValueError(f"`params_axes` may hold 0 (stacked) and None (shared); got {params_axes!r}.")
     return axes
+
+
+def check_layer(layer: Any) -> None:
+    """Raises TypeError if it is not callable."""
+    if not callable(layer):
+        raise TypeError(f"`layer` must be a callable (params_i, h) -> h; got {layer!r}.")
 
 
 def check_state(old: Any, new: Any) -> Any:

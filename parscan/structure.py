@@ -10,13 +10,14 @@ import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 
-from parscan.checks import describe, is_inexact
+from parscan.checks import describe, integer, is_inexact
 from parscan.jaxprs import Dependence, Program, dependence
 
 
@@ -40,8 +41,10 @@ class Blocks:
     def __post_init__(self) -> None:
         if (self.axis is None) == (self.size is None):
             raise ValueError(f"`Blocks` needs exactly one of `axis` and `size`; got axis={self.axis!r}, size={self.size!r}.")
-        if self.size is not None and (not isinstance(self.size, int) or self.size < 1):
-            raise ValueError(f"`Blocks(size=...)` must be an integer of at least 1; got {self.size!r}.")
+        if self.size is not None:
+            object.__setattr__(self, "size", integer("Blocks(size=...)", self.size, 1))
+        elif isinstance(self.axis, bool) or not isinstance(self.axis, Integral):
+            raise ValueError(f"`Blocks(axis=...)` must be an integer; got {self.axis!r}.")
 
 
 Claim = Blocks | str

@@ -110,6 +110,25 @@ CASES = {
         ValueError,
         r"Blocks\(axis=1\)` does not fit: every leaf of the state needs that axis; got float64\[3\]",
     ),
+    "an axis that is no integer": (lambda: parscan.Blocks(axis="x"), ValueError, r"`Blocks\(axis=...\)` must be an integer; got 'x'"),
+    "a truth value for a size": (lambda: parscan.Blocks(size=True), ValueError, r"must be an integer of at least 1; got True"),
+    "params that are no arrays": (
+        lambda: parscan.forward(LAYER, {"w": PARAMS["w"], "name": "abc"}, X),
+        TypeError,
+        r"`params` must hold arrays alone; got params\['name'\]: 'abc'. Let the layer close over",
+    ),
+    "a length that is no integer": (
+        lambda: parscan.forward(lambda p, h: h, PARAMS, X, length=3.0),
+        ValueError,
+        r"`length` must be an integer of at least 0; got 3.0",
+    ),
+    "a negative length": (lambda: parscan.chain(LAYER, params_axes=None, length=-1)(PARAMS, X), ValueError, r"`length` must be .* at least 0; got -1"),
+    "forward through no layer": (lambda: parscan.forward(3, PARAMS, X), TypeError, r"`layer` must be a callable .*; got 3"),
+    "a Jacobian of lists": (
+        lambda: parscan.linear_scan(parscan.Diagonal([[1.0] * 3] * 4), jnp.ones((4, 3)), X),
+        TypeError,
+        r"`A`, `b`, `h0` must be arrays .* Use jnp.asarray",
+    ),
     "blocks by nothing": (lambda: parscan.Blocks(), ValueError, r"exactly one of `axis` and `size`"),
     "blocks of nothing": (lambda: parscan.Blocks(size=0), ValueError, r"must be an integer of at least 1; got 0"),
     "a chunk below 1": (lambda: parscan.Chunked(size=0), ValueError, r"`Chunked\(size=...\)` must be an integer of at least 1.*got 0"),
@@ -151,6 +170,7 @@ AS_LAX_SAYS = {
     "a carry that changes its dtype": lambda scan: scan(lambda h, x: (h.astype(jnp.float32), None), X, jnp.ones(3)),
     "a carry that changes its structure": lambda scan: scan(lambda h, x: ((h, h), None), X, jnp.ones(3)),
     "an f that returns no pair": lambda scan: scan(lambda h, x: h, X, jnp.ones(3)),
+    "a length that is traced": lambda scan: jax.jit(lambda n: scan(lambda h, _: (h, None), X, None, length=n))(3),
     "an f that is no function": lambda scan: scan(3, X, jnp.ones(3)),
 }
 

@@ -51,12 +51,12 @@ def forward_only(loops):
 @pytest.mark.parametrize("method", LOG_DEPTH)
 def test_every_long_loop_is_a_forward_pass(method, order):
     scan = lambda *a: parscan.scan(*a, method=LOG_DEPTH[method])
-    loops = long_loops(jax.make_jaxpr(derivative(order, scan))(*arguments(64)), CHUNK)
+    loops = long_loops(jax.make_jaxpr(derivative(order, scan))(*arguments(1024)), CHUNK)
     assert loops, "the forward pass itself is a loop"
     assert forward_only(loops)
 
 
-@pytest.mark.parametrize("order", ["grad", "hessian"])
+@pytest.mark.parametrize("order", ["jvp", "grad", "hessian"])
 @pytest.mark.parametrize("method", LOG_DEPTH)
 def test_equations_grow_with_the_logarithm(method, order):
     scan = lambda *a: parscan.scan(*a, method=LOG_DEPTH[method])
@@ -65,9 +65,10 @@ def test_equations_grow_with_the_logarithm(method, order):
     assert 0 < second <= 1.3 * first, sizes  # four doublings each
 
 
-def test_equations_of_a_third_derivative_grow_with_the_logarithm():
-    scan = lambda *a: parscan.scan(*a, method="chunked")
-    sizes = [sum(1 for _ in equations(jax.make_jaxpr(derivative("third", scan))(*arguments(length)))) for length in (64, 1024, 16384)]
+@pytest.mark.parametrize("method, lengths", [("chunked", (64, 1024, 16384)), ("tree", (16, 64, 256)), ("associative", (16, 64, 256))])
+def test_equations_of_a_third_derivative_grow_with_the_logarithm(method, lengths):
+    scan = lambda *a: parscan.scan(*a, method=LOG_DEPTH[method])
+    sizes = [sum(1 for _ in equations(jax.make_jaxpr(derivative("third", scan))(*arguments(length)))) for length in lengths]
     assert 0 < sizes[2] - sizes[1] <= 1.3 * (sizes[1] - sizes[0]), sizes
 
 
@@ -134,10 +135,10 @@ def test_the_check_fails_for_states_stored_by_a_plain_scan():
     assert not forward_only(loops)
 
 
-@pytest.mark.parametrize("method", ["sequential", "walk", "lax"])
+@pytest.mark.parametrize("method", ["sequential", "walk", "lax", parscan.Walk(8), parscan.Chunked(8, 0), parscan.Chunked(8, 1)], ids=str)
 def test_the_check_fails_for_sequential_methods(method):
     scan = lambda *a: parscan.scan(*a, method=method)
-    assert not forward_only(long_loops(jax.make_jaxpr(derivative("grad", scan))(*arguments(64)), CHUNK))
+    assert not forward_only(long_loops(jax.make_jaxpr(derivative("grad", scan))(*arguments(1024)), CHUNK))
 
 
 # --- work ----------------------------------------------------------------------------------------------------------------------
@@ -217,7 +218,7 @@ def compilations():
     active[0] = False
 
 
-@pytest.mark.parametrize("method", ["auto", "walk", "tree", "sequential"])
+@pytest.mark.parametrize("method", ["auto", "walk", "tree", "sequential", "chunked", "associative"])
 def test_new_values_recompile_nothing(method, compilations):
     """Neither under jit nor without it, with a new function object of the same equations each time."""
     chain, turn = make_chain("BlockDiagonal", 16, "float64"), jnp.roll(jnp.eye(3), 1, 0)

@@ -131,6 +131,17 @@ def test_linear_scan(method, kind, reverse):
     assert_close(got, want, 1e-11)
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("length", [0, 9])
+def test_linear_scan_of_no_steps_and_in_half_precision(length, method, dtype):
+    a, b, h0 = jnp.full((length, 3), 0.5, dtype), jnp.ones((length, 3), dtype), jnp.ones(3, dtype)
+    for A in (parscan.Diagonal(a), parscan.Dense(a[..., None] * jnp.eye(3, dtype=dtype)), parscan.BlockDiagonal(a[..., None, None])):
+        hs, back = jax.vjp(lambda b, h0, A=A: parscan.linear_scan(A, b, h0, method=METHODS[method]), b, h0)
+        assert hs.dtype == dtype and back(hs)[1].dtype == dtype
+        assert_close(hs.astype("float32"), 2 - 0.5 ** jnp.arange(1.0, length + 1)[:, None] * jnp.ones(3), 1e-2)
+
+
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("kind", KINDS)
 def test_linear_scan_with_one_map_for_all_steps(method, kind):

@@ -134,6 +134,56 @@ def test_prints_as_often_as_lax_scan(ordered, capfd):
     assert isinstance(grads.plan.method, parscan.Sequential)
 
 
+@pytest.mark.parametrize("implementation", ["rbg", "unsafe_rbg"])
+@pytest.mark.parametrize("carried", [False, True])
+def test_numbers_that_come_out_differently_for_a_batch_of_steps(carried, implementation):
+    """Linearised together, steps would be differentiated under another dropout mask than they ran with."""
+    keys = jax.random.split(jax.random.key(2, impl=implementation), 20)
+    keep = lambda key, h, x: jnp.tanh(h + x) * jax.random.bernoulli(key, 0.5, h.shape)
+
+    def f(carry, xs):
+        (h, key), (x, own) = carry, xs
+        key, used = jax.random.split(key) if carried else (key, own)
+        h = keep(used, h, x)
+        return (h, key), h
+
+    grad = lambda scan: jax.grad(lambda h: jnp.sum(scan(f, (h, keys[0]), (XS, keys))[1] ** 2))(START)
+    assert_close(grad(parscan.scan), grad(lax.scan), 0)
+    with pytest.raises(ValueError, match=r"`random_(bits|split)`.* draws other numbers for a batch of steps"):
+        grad(functools.partial(parscan.scan, method="tree"))
+    layer = lambda p, h: keep(p[1], h, p[0])
+    _, activations = parscan.forward(layer, (XS, keys), START)
+    grads = parscan.parallel_backward(layer, (XS, keys), activations, jnp.ones(3))
+    want = jax.grad(lambda xs: lax.scan(lambda h, p: (layer(p, h), None), START, (xs, keys))[0].sum())(XS)
+    assert_close(grads.params[0], want, 1e-12)
+    assert "draws other numbers" in grads.plan.reason
+
+
+def test_explicit_sharding():
+    axis = jax.sharding.PartitionSpec("d", None)
+    mesh = jax.make_mesh((1,), ("d",), axis_types=(jax.sharding.AxisType.Explicit,))
+    put = lambda x, spec: jax.device_put(x, jax.sharding.NamedSharding(mesh, spec))
+    start, xs = put(jnp.ones((3, 4)), axis), put(jnp.ones((7, 3, 4)), jax.sharding.PartitionSpec(None, "d", None))
+    weights = jnp.ones((4, 4)) / 4
+    f = lambda h, x: (jnp.tanh(h @ weights + x), h)
+    assert "sharded over an explicit mesh axis" in parscan.plan(f, start, xs).reason
+    both = [jax.jit(jax.grad(lambda h, scan=scan: scan(f, h, xs)[1].sum()))(start) for scan in (parscan.scan, lax.scan)]
+    assert_close(*both, 0)
+    layer = lambda p, h: f(h, p)[0]
+    grads = parscan.parallel_backward(layer, xs, parscan.forward(layer, xs, start)[1], jnp.ones_like(start))
+    assert_close(grads.input, jax.grad(lambda h: lax.scan(f, h, xs)[0].sum())(start), 1e-12)
+
+
+def test_symbolic_dimensions():
+    (batch,) = jax.export.symbolic_shape("b")
+    weights = jnp.ones((4, 4)) / 4
+    start, xs = jax.ShapeDtypeStruct((batch, 4), "float32"), jax.ShapeDtypeStruct((10, batch, 4), "float32")
+    f = lambda h, x: (jnp.tanh(h @ weights.astype("float32") + x), h)
+    exported = jax.export.export(jax.jit(jax.grad(lambda h, x: parscan.scan(f, h, x)[1].sum())))(start, xs)
+    assert exported.out_avals[0].shape == (batch, 4)
+    assert "symbolic dimension" in parscan.plan(f, start, xs).reason
+
+
 def test_mutable_references():
     def total(scan):
         seen = jax.new_ref(jnp.zeros(3))

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import collections
+import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -232,7 +234,8 @@ def test_input_under_vmap_beside_an_integer_leaf():
     assert run(activations).shape == (2, 3)
 
 
-def test_a_rule_that_closes_over_a_tracer():
+@pytest.mark.parametrize("outside", ["jit", "vmap", "grad"])
+def test_a_rule_that_closes_over_a_tracer(outside):
     def loss(scan):
         def value(w, h):
             @jax.custom_jvp
@@ -242,9 +245,102 @@ def test_a_rule_that_closes_over_a_tracer():
             q.defjvp(lambda p, t: (q(p[0]), w * t[0]))
             return jnp.sum(scan(lambda h, x: (q(h) + x, None), h, XS)[0])
 
-        return jax.jit(jax.grad(value, 1))(2.0, START)
+        grads = jax.grad(value, 1)
+        return {
+            "jit": lambda: jax.jit(grads)(2.0, START),
+            "vmap": lambda: jax.vmap(grads, (0, None))(jnp.array([1.0, 2.0]), START),
+            "grad": lambda: jax.grad(lambda w: grads(w, START).sum())(2.0),
+        }[outside]()
 
     assert_close(loss(lambda *a: parscan.scan(*a, method="tree")), loss(lax.scan), 1e-12)
+
+
+def doubled(rule, **options):
+    """sin by a rule of its own."""
+    q = jax.custom_jvp(lambda h, *_: jnp.sin(h), **options)
+    q.defjvp(rule)
+    return q
+
+
+@dataclasses.dataclass
+class Rule:
+    """A rule with a state, which cannot be hashed."""
+
+    slope: float
+
+    def __call__(self, primals, tangents):
+        return jnp.sin(primals[0]), self.slope * tangents[0]
+
+
+class Mixing:
+    """A rule that is a bound method, and changes its mind."""
+
+    mixes = False
+
+    def rule(self, primals, tangents):
+        return jnp.sin(primals[0]), tangents[0] + (0.5 * tangents[0][::-1] if self.mixes else 0)
+
+
+def test_rules_are_told_apart_by_what_they_compute():
+    """One process, the same primal equations, ever another derivative: nothing may be remembered that no longer holds."""
+    both = lambda q: [jax.grad(lambda h, s=s: s(lambda h, x: (q(h) + x, h), h, XS)[1].sum())(START) for s in (tree, lax.scan)]
+    tree = lambda *a: parscan.scan(*a, method="tree")
+    slope, mixing = Rule(2.0), Mixing()
+    static = doubled(lambda k, p, t: (jnp.sin(p[0]), k * t[0]), nondiff_argnums=(1,))
+    stateful, bound = doubled(slope), doubled(mixing.rule)
+    for q in (stateful, bound, lambda h: static(h, 2.0), lambda h: static(h, 3.0)):
+        assert_close(*both(q), 1e-12)
+    assert parscan.plan(lambda h, x: (bound(h) + x, h), START, XS).kind == "Diagonal"
+    slope.slope, mixing.mixes = 3.0, True
+    assert_close(*both(stateful), 1e-12)
+    assert_close(*both(bound), 1e-12)
+    assert parscan.plan(lambda h, x: (bound(h) + x, h), START, XS).blocks == {2: 3}
+
+
+CLOCK = {
+    # what tells the time, and where it starts: the derivative there is infinite
+    "a clock that starts at a singular point": (lambda t: jnp.sqrt(t), 0.0),
+    "a clock that passes one": (lambda t: jnp.sqrt(jnp.abs(t - 3)), 0.0),
+    "a clock that stands still": (lambda t: jnp.where(t > 0, t, jnp.sqrt(t)), 0.0),
+}
+
+
+@pytest.mark.parametrize("method", ["auto", "sequential", "walk", "tree", "associative", parscan.Chunked(3)], ids=str)
+@pytest.mark.parametrize("name", CLOCK)
+def test_a_leaf_that_nothing_differentiates_has_no_derivative(name, method):
+    """`lax.scan` never takes it; taken, it is infinite, and infinity times zero is not a number."""
+    read, begin = CLOCK[name]
+
+    def loss(scan, weights, h):
+        def f(carry, x):
+            h, t = carry
+            h = jnp.tanh(h @ weights + x * read(t))
+            return (h, t + 1.0), (h, t)
+
+        (h, t), (hs, ts) = scan(f, (h, jnp.full(3, begin)), XS)
+        return jnp.sum(h**2) + jnp.sum(hs**3) + jnp.sum(jnp.sqrt(ts)) + t.sum()
+
+    weights = jnp.cos(jnp.arange(9.0)).reshape(3, 3)
+    ours, theirs = (functools.partial(loss, scan) for scan in (functools.partial(parscan.scan, method=method), lax.scan))
+    for transform in (lambda f: jax.grad(f, (0, 1)), lambda f: lambda *a: jax.jvp(f, a, a), lambda f: lambda *a: jax.jvp(jax.grad(f, (0, 1)), a, a)):
+        got, want = transform(ours)(weights, START), transform(theirs)(weights, START)
+        assert all(jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(want)), "a case where the sequential pass itself fails says nothing"
+        assert_close(got, want, 1e-10)
+
+
+@pytest.mark.parametrize("method", ["tree", "chunked", "walk", "associative"])
+def test_without_jit(method):
+    layer = lambda p, h: jnp.tanh(h + p)
+    with jax.disable_jit():
+        got = parscan.parallel_backward(layer, jnp.ones((9, 4)), jnp.ones((10, 4)), jnp.ones(4), method=method)
+    want = parscan.parallel_backward(layer, jnp.ones((9, 4)), jnp.ones((10, 4)), jnp.ones(4), method="lax")
+    assert_close((got.params, got.activations), (want.params, want.activations), 1e-12)
+
+
+def test_numpy_arrays_in_double_precision():
+    with jax.enable_x64(False):
+        grads = parscan.parallel_backward(lambda p, h: jnp.tanh(h * p), jnp.ones((5, 3)), np.ones((6, 3)), jnp.ones(3))
+        assert grads.input.dtype == jnp.float32
 
 
 @jax.tree_util.register_pytree_node_class

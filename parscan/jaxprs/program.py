@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -9,7 +10,7 @@ import jax
 import numpy as np
 from jax.extend import core
 
-from parscan.checks import is_inexact
+from parscan.checks import dtype_of, is_inexact
 
 AnyJaxpr = Any  # a ClosedJaxpr or a Jaxpr: one class in jax 0.12, two before
 
@@ -118,6 +119,7 @@ def trace(f: Callable, consts: Flat, carry: Flat, x: Flat) -> tuple[Program, lis
         found.append(tree)
         return leaves
 
+    functools.update_wrapper(flat, f, assigned=("__name__", "__qualname__"))
     closed = jax.make_jaxpr(flat)(consts.leaves, carry.leaves, x.leaves)
     values = [*closed.consts, *consts.leaves]
     return Program(closed, len(values), len(carry.leaves)), values, found[-1]
@@ -139,11 +141,11 @@ def jit_unless_staged(f: Callable) -> Callable:
 
 def slice_spec(leaf: Any) -> jax.ShapeDtypeStruct:
     """The abstract value of one step of a stacked leaf."""
-    dtype, sharding = leaf.dtype if hasattr(leaf, "dtype") else jax.dtypes.result_type(leaf), None
+    sharding = None
     if isinstance(leaf, jax.Array) and any(axis is not None for axis in jax.typeof(leaf).sharding.spec):  # over explicit mesh axes
         sharding = jax.typeof(leaf).sharding
         sharding = sharding.update(spec=jax.sharding.PartitionSpec(*sharding.spec[1:]))
-    return jax.ShapeDtypeStruct(np.shape(leaf)[1:], dtype, sharding=sharding)
+    return jax.ShapeDtypeStruct(np.shape(leaf)[1:], dtype_of(leaf), sharding=sharding)
 
 
 def _fingerprint(jaxpr: AnyJaxpr, unfolded: frozenset[int] = frozenset()) -> Hashable:
