@@ -108,11 +108,11 @@ def test_sizes_that_do_and_do_not_divide_the_length(method, kind):
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("method", METHODS)
 def test_linear_scan(method, kind, reverse):
-    chain = make_chain(kind, 23, "float64")
-    shape = {"Dense": (23, 4, 4), "BlockDiagonal": (23, 3, 4, 4), "Diagonal": (23, 5)}[kind]
+    chain = make_chain(kind, 13, "float64")
+    shape = {"Dense": (13, 4, 4), "BlockDiagonal": (13, 3, 4, 4), "Diagonal": (13, 5)}[kind]
     weights = jnp.broadcast_to(chain.params["w"][:, None] if kind == "BlockDiagonal" else chain.params["w"], shape)
     n = KINDS[kind](weights).size
-    b, h0 = jnp.sin(jnp.arange(23.0 * n)).reshape(23, n), jnp.cos(jnp.arange(float(n)))
+    b, h0 = jnp.sin(jnp.arange(13.0 * n)).reshape(13, n), jnp.cos(jnp.arange(float(n)))
 
     def sequential(weights, b, h0):
         def step(h, one):
@@ -121,6 +121,7 @@ def test_linear_scan(method, kind, reverse):
 
         return jax.lax.scan(step, h0, (weights, b), reverse=reverse)[1]
 
+    @jax.jit
     def parallel(weights, b, h0):
         return parscan.linear_scan(KINDS[kind](weights), b, h0, reverse=reverse, method=METHODS[method])
 
