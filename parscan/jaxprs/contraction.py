@@ -73,4 +73,5 @@ def _merged(eqn: Any, *operands: Any) -> Any:
         contracting.append((first,))
         batch.append(tuple(b if b < first else b - len(axes) + 1 for b in batched))
     params = {k: v for k, v in eqn.params.items() if k != "dimension_numbers"}
-    return lax.dot_general(*flat, (tuple(contracting), tuple(batch)), **params)
+    left, right = flat
+    return lax.dot_general(left, right, (tuple(contracting), tuple(batch)), **params)

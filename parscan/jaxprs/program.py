@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from jax.core import Tracer
 from jax.extend import core
 
 from parscan.checks import dtype_of, is_inexact
@@ -246,7 +247,7 @@ def _closes_over_tracers(eqn: Any) -> bool:
     if eqn.primitive.name != "custom_jvp_call":
         return False
     computed = _linearised(eqn)
-    return computed is not None and any(isinstance(value, jax.core.Tracer) for value in computed.consts)
+    return computed is not None and any(isinstance(value, Tracer) for value in computed.consts)
 
 
 def _constant(value: Any) -> Hashable:
