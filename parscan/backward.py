@@ -2,32 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from parscan import checks, prefix, system
-from parscan.jaxprs import Flat, Program, is_batchable, jit_unless_staged, slice_spec, trace
+from parscan import checks, system
+from parscan.chains import Layers, check_layers
+from parscan.jaxprs import is_batchable, jit_unless_staged
 from parscan.methods import Lax, Method, Sequential, parse_method
-from parscan.planning import Plan, plan_for
-from parscan.stacking import Stacked, check_layer, check_state, split_params
-from parscan.structure import Layout, layout_of, parse_structure
+from parscan.network import Link, Network, is_sequence, read_sequence, read_stacked, stack
+from parscan.planning import Plan, Stretch, plan_chain
+from parscan.recurrence import Recurrence, Run
+from parscan.structure import layouts_of, parse_structure
 
 
-@partial(jax.tree_util.register_dataclass, data_fields=["params", "activations"], meta_fields=["plan"])
+@jax.tree_util.register_pytree_with_keys_class
 @dataclass(frozen=True)
 class Gradients:
     """What `parallel_backward` returns: a pytree.
 
     Attributes:
-        params: like the parameters: ∂/∂θ_i stacked on the leading axis L, summed over all layers for shared leaves.
-        activations: like the activations: the accumulated gradient at h_0 … h_L, leading axis L + 1.
-        plan: what was chosen, and why; not part of the pytree.
+        params: like the parameters: ∂/∂θ_i stacked on the leading axis L, summed over all layers for shared leaves. For a sequence of layers a
+            sequence like `params`; an entry that stands in several places has the sum of their gradients in each.
+        activations: like the activations: the accumulated gradient at h_0 … h_L, leading axis L + 1; for a sequence of layers a list.
+        plan: what was chosen, and why. It rides along, but does not tell two pytrees apart.
 
     Integer, boolean and key leaves are `float0`, as in JAX.
     """
@@ -39,11 +41,34 @@ class Gradients:
     @property
     def input(self) -> Any:
         """∂/∂x: the accumulated gradient at h_0."""
+        if isinstance(self.activations, _Listed):
+            return self.activations[0]
         return jax.tree.map(lambda g: checks.float0_zeros(g.shape[1:]) if g.dtype == jax.dtypes.float0 else g[0], self.activations)
+
+    def tree_flatten_with_keys(self):
+        key = jax.tree_util.GetAttrKey
+        return ((key("params"), self.params), (key("activations"), self.activations)), _Unseen(self.plan)
+
+    @classmethod
+    def tree_unflatten(cls, plan, children):
+        return cls(*children, plan.value)
+
+
+class _Unseen:
+    """Equal to any other: pytrees that differ in it alone have the same structure."""
+
+    def __init__(self, value: Any):
+        self.value = value
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Unseen)
+
+    def __hash__(self) -> int:
+        return 0
 
 
 def parallel_backward(
-    layer: Callable[[Any, Any], Any],
+    layer: Layers,
     params: Any,
     activations: Any,
     cotangent: Any,
@@ -53,18 +78,21 @@ def parallel_backward(
     method: Method | str = "auto",
     structure: Any = "auto",
 ) -> Gradients:
-    """The gradient of every layer of a chain h_i = layer(θ_i, h_{i-1}), from stored activations, in logarithmic depth.
+    """The gradient of every layer of a chain h_i = layer_i(θ_i, h_{i-1}), from stored activations, in logarithmic depth.
 
-        g_L = c_L,   g_{i-1} = J_iᵀ g_i + c_{i-1},   ∂/∂θ_i = (∂ layer / ∂θ_i)ᵀ g_i
+        g_L = c_L,   g_{i-1} = J_iᵀ g_i + c_{i-1},   ∂/∂θ_i = (∂ layer_i / ∂θ_i)ᵀ g_i
 
     Args:
-        layer: (params_i, h) -> h.
-        params: pytree, leaves stacked on a leading axis L or shared.
-        activations: the state's pytree, each leaf (L + 1, …): h_0 … h_L, as `forward` returns them.
+        layer: (params_i, h) -> h, one for all layers, or a sequence of L of them, which may change the state's shapes and structure.
+        params: pytree, leaves stacked on a leading axis L or shared. For a sequence of layers a sequence of L pytrees (None for a layer
+            without parameters); the same object in several places is shared by these layers.
+        activations: h_0 … h_L, as `forward` returns them: the state's pytree, each leaf (L + 1, …); for a sequence of layers a list.
         cotangent: like h_L: the loss's derivative there. None for zero. Leaves that are not floating-point are ignored.
-        layer_cotangents: like `activations`, (L + 1, …): derivatives of losses read at inner layers; `cotangent` is added to the last.
-        params_axes: prefix of `params`: 0 for stacked, None for shared by all layers.
-        method: `"auto"`, `Lax`, `Sequential`, `Walk`, `Associative`, `Tree`, `Chunked`, as values or lower-case names.
+        layer_cotangents: like `activations`: derivatives of losses read at inner layers; `cotangent` is added to the last. For a sequence
+            of layers a list of L + 1 entries, None for absent ones, or a dict from the index of an activation to its cotangent.
+        params_axes: prefix of `params`: 0 for stacked, None for shared by all layers. Not for a sequence of layers.
+        method: `"auto"`, `Lax`, `Sequential`, `Walk`, `Associative`, `Tree`, `Chunked`, as values or lower-case names. Where layers change the
+            width, `Associative` takes the order of `Tree`.
         structure: `"auto"`, or a claim taken at its word: `"dense"`, `"diagonal"`, `Blocks(...)`.
 
     Returns:
@@ -72,9 +100,9 @@ def parallel_backward(
         collective, an effect) is differentiated sequentially; `plan.reason` says why.
 
     Raises:
-        ValueError: parameters not stacked alike, activations of the wrong count, cotangents that do not match, unknown method or
-            structure, an explicit parallel method for a layer that has none. TypeError: a layer that changes the state's
-            type, complex activations.
+        ValueError: parameters not stacked alike or not as many as layers, activations of the wrong count or that do not fit their layer,
+            cotangents that do not match or are for no layer, unknown method or structure, an explicit parallel method for a layer that has none.
+            TypeError: a repeated layer that changes the state's type, a layer that is not callable, complex activations.
 
     Source: S. Wang, Y. Bai, G. Pekhimenko, BPPSA: Scaling back-propagation by parallel scan algorithm (MLSys 2020).
 
@@ -84,119 +112,163 @@ def parallel_backward(
         >>> y, activations = parscan.forward(layer, w, jnp.ones(3))
         >>> parscan.parallel_backward(layer, w, activations, jnp.ones(3)).params.shape
         (50, 3, 3)
+        >>> layers, ws = [layer, layer], [jnp.ones((3, 4)), jnp.ones((4, 2))]
+        >>> y, activations = parscan.forward(layers, ws, jnp.ones(3))
+        >>> [g.shape for g in parscan.parallel_backward(layers, ws, activations, y).activations]
+        [(3,), (4,), (2,)]
     """
     parsed, claim = parse_method(method), parse_structure(structure)
-    check_layer(layer)
+    check_layers(layer)
+    if is_sequence(layer):
+        if params_axes != 0:
+            raise ValueError("`params_axes` is for one layer repeated; a sequence of layers has its own parameters for each.")
+        network, states, cotangents = _of_sequence(layer, params, activations, cotangent, layer_cotangents)
+    else:
+        network, states, cotangents = _of_stacked(layer, params, params_axes, activations, cotangent, layer_cotangents)
+    if not network.links:
+        return Gradients(type(params)(()) if type(params) in (list, tuple) else [], _Listed(cotangents.trees), Plan("none", {}, Sequential(), "no layers", 0))
+    plan, stretches = plan_chain(network.steps, parsed, claim, fallback=Sequential())
+    return _gradients(network, states, cotangents, plan, stretches)
+
+
+class _Listed(list):
+    """The accumulated gradients at h_0 … h_L of a sequence of layers."""
+
+
+# --- reading what is given ------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class _Cotangents:
+    """c_0, leaves of h_0, and what is injected at the states that leave every layer of each run (leading axis); floating-point leaves alone."""
+
+    start: list[Array]
+    leaving: list[list[Array]]
+    trees: list[Any]
+
+
+def _of_stacked(
+    layer: Any, params: Any, params_axes: Any, activations: Any, cotangent: Any, layer_cotangents: Any
+) -> tuple[Network, list[list[Any]], _Cotangents]:
     count = _check_activations(activations)
-    stacked = split_params(params, params_axes, count, source="the leading axis of `activations`, one more than the number of layers,")
-    states, tree = jax.tree.flatten(activations)
-    cotangents = _cotangents(cotangent, layer_cotangents, activations)
-
-    program, consts, _ = trace(
-        lambda shared, h, p: check_state(h, layer(stacked.join(p, shared), h)),
-        Flat.of(stacked.shared),
-        Flat([slice_spec(leaf) for leaf in states], tree),
-        Flat.of([slice_spec(leaf) for leaf in stacked.leaves]),
-    )
-    plan, layout = plan_for(program, count, parsed, claim, fallback=Sequential())
-    by_jax = isinstance(plan.method, Lax) or (layout is None and not is_batchable(program))
-    spec = Backward(program, None if by_jax else layout or layout_of(program, "dense"), plan.method, len(consts) - len(stacked.shared), layout is not None)
-    to_shared, to_stacked, to_states = _compiled(spec, consts, stacked.leaves, states, cotangents)
-
-    return Gradients(_as_params(stacked, to_stacked, to_shared), jax.tree.unflatten(tree, _scattered(states, to_states)), plan)
+    abstract = jax.tree.map(lambda h: jax.ShapeDtypeStruct(checks.shape_of(h)[1:], checks.dtype_of(h)), activations)
+    source = "the leading axis of `activations`, one more than the number of layers,"
+    network = read_stacked(layer, params, abstract, params_axes, count, source=source)
+    states = [jnp.asarray(h) for h in jax.tree.leaves(activations)]
+    network.start = [h[0] for h in states]
+    floats = _stacked_cotangents(cotangent, layer_cotangents, activations)
+    return network, [[h[:-1] for h in states]], _Cotangents([c[0] for c in floats], [[c[1:] for c in floats]], [])
 
 
-@dataclass(frozen=True)
-class Backward:
-    """All that is static about a backward pass. `layout` is None if JAX takes every step's whole VJP in one loop."""
+def _of_sequence(layers: Sequence[Any], params: Any, activations: Any, cotangent: Any, layer_cotangents: Any) -> tuple[Network, list[list[Any]], _Cotangents]:
+    if not isinstance(activations, Sequence) or len(activations) != len(layers) + 1:
+        got = f"{len(activations)} of them" if isinstance(activations, Sequence) else type(activations).__name__
+        raise ValueError(
+            f"`activations` must be the list h_0 … h_L, {len(layers) + 1} for {len(layers)} layers; got {got}. parscan.forward(layers, params, x) returns them."
+        )
+    _check_real([named for i, h in enumerate(activations) for named in checks.named_leaves(f"activations[{i}]", h)])
+    network = read_sequence(layers, params, activations)
+    leaves = [jax.tree.leaves(h) for h in activations]
+    given = _listed_cotangents(cotangent, layer_cotangents, activations)
+    states = [[stack([leaves[i][k] for i in range(link.lo, link.hi)]) for k in range(len(leaves[link.lo]))] for link in network.links]
+    floats = [[(k, leaf) for k, leaf in enumerate(some) if checks.is_inexact(leaf)] for some in leaves]
 
-    program: Program
-    layout: Layout | None
-    method: Method
-    closed_over: int
-    differentiable: bool
+    def injected(lo: int, hi: int) -> list[Array]:
+        """c_lo … c_{hi-1}, stacked; absent ones are zero."""
+        found = []
+        for k, like in floats[lo]:
+            zero, some = jnp.zeros(checks.shape_of(like), checks.dtype_of(like)), [given.get(i) for i in range(lo, hi)]
+            present = any(c is not None for c in some)
+            found.append(stack([zero if c is None else c[k] for c in some]) if present else jnp.zeros((hi - lo, *zero.shape), zero.dtype))
+        return found
 
-
-def _run(spec: Backward, consts: list, xs: list, states: list, cotangents: list) -> tuple[list, list, list]:
-    """Gradients of the floating-point leaves: shared parameters, stacked parameters, activations."""
-    program, entering = spec.program, [h[:-1] for h in states]
-    shared = tuple(i for i in range(spec.closed_over, len(consts)) if checks.is_inexact(consts[i]))
-    floats = tuple(i for i, h in enumerate(states) if checks.is_inexact(h))
-    inputs = tuple(i for i, x in enumerate(xs) if checks.is_inexact(x))
-    if spec.layout is None:
-        return _by_jax(program, consts, xs, entering, cotangents, shared, floats, inputs)
-    at = system.Linearised(program, spec.layout, spec.method, False, consts, xs, entering, shared, floats, inputs, ())
-    right = system.zeros(at, entering[0].shape[0])._replace(states=cotangents)
-    found = system.cotangents(at, right) if spec.differentiable else system.solve_transposed(at, right)
-    return found.consts, found.xs, found.states
-
-
-_compiled = jit_unless_staged(_run)
-
-
-def _by_jax(program: Program, consts: list, xs: list, entering: list, cotangents: list, shared: tuple, floats: tuple, inputs: tuple) -> tuple[list, list, list]:
-    """JAX's own order: one loop, each step's whole VJP in it."""
-    at = system.Linearised(program, layout_of(program, "dense"), Sequential(), False, consts, xs, entering, shared, floats, inputs, ())
-
-    def step(carry, one):
-        after, total = carry
-        data, injected = one
-        to_consts, before, to_xs = jax.vjp(lambda *primal: at.step(data, *primal)[0], *at.at(data))[1](after)
-        before = jax.tree.map(jnp.add, before, injected)
-        return (before, jax.tree.map(jnp.add, total, to_consts)), (before, to_xs)
-
-    last = [c[-1] for c in cotangents]
-    zero = [jnp.zeros_like(consts[i]) for i in shared]
-    (_, to_consts), (values, to_xs) = lax.scan(step, (last, zero), (at.data, [c[:-1] for c in cotangents]), reverse=True)
-    return to_consts, to_xs, [prefix.boundaries(c, v, reverse=True) for c, v in zip(last, values, strict=True)]
+    start = [c[0] for c in injected(0, 1)]
+    trees = [jax.tree.unflatten(jax.tree.structure(activations[0]), _scattered(leaves[0], start))]
+    return network, states, _Cotangents(start, [injected(link.lo + 1, link.hi + 1) for link in network.links], trees)
 
 
-# --- checks and containers ------------------------------------------------------------------------------------------------
+def _listed_cotangents(cotangent: Any, layer_cotangents: Any, activations: Sequence[Any]) -> dict[int, list[Any]]:
+    """By the index of the activation: the leaves of its cotangent, in the activation's dtypes."""
+    _check_any(cotangent, layer_cotangents)
+    last = len(activations) - 1
+    if isinstance(layer_cotangents, dict):
+        strange = [i for i in layer_cotangents if isinstance(i, bool) or not isinstance(i, int) or not 0 <= i <= last]
+        if strange:
+            raise ValueError(f"`layer_cotangents` has a cotangent for {strange[0]!r}, but the activations are h_0 … h_{last}: give an index from 0 to {last}.")
+        given = dict(layer_cotangents)
+    elif layer_cotangents is None:
+        given = {}
+    elif isinstance(layer_cotangents, Sequence) and len(layer_cotangents) == last + 1:
+        given = dict(enumerate(layer_cotangents))
+    else:
+        got = f"{len(layer_cotangents)} entries" if isinstance(layer_cotangents, Sequence) else type(layer_cotangents).__name__
+        raise ValueError(
+            f"`layer_cotangents` must be a list of {last + 1} entries, None for absent ones, or a dict from the index of an activation to its cotangent; got {got}."
+        )
+    found = {i: _matching(f"layer_cotangents[{i}]", c, activations[i], f"`activations[{i}]`", checks.shape_of) for i, c in given.items() if c is not None}
+    if cotangent is not None:
+        end = _matching("cotangent", cotangent, activations[last], "the last activation h_L", checks.shape_of)
+        found[last] = [a if b is None else b if a is None else a + b for a, b in zip(found.get(last, [None] * len(end)), end, strict=True)]
+    return found
 
 
 def _check_activations(activations: Any) -> int:
     """The number of layers L."""
     named = checks.named_leaves("activations", activations)
+    _check_real(named)
     listed = ", ".join(f"{name}: {checks.describe(leaf)}" for name, leaf in named)
     fix = "parscan.forward(layer, params, x) returns them as needed"
     if not named or not all(checks.shape_of(leaf) for _, leaf in named) or len({checks.shape_of(leaf)[0] for _, leaf in named}) != 1:
         raise ValueError(
             f"`activations` must be h_0 … h_L stacked on a leading axis of length L + 1, the same in every leaf; got {listed or 'no array'}. {fix}."
         )
-    if any(checks.is_complex(leaf) for _, leaf in named):
-        raise TypeError(f"`activations` must be real; got {listed}. Split complex states into real and imaginary parts.")
     if checks.shape_of(named[0][1])[0] == 0:
         raise ValueError(f"`activations` must hold h_0 at least; got {listed}. {fix}.")
     return checks.shape_of(named[0][1])[0] - 1
 
 
-def _cotangents(cotangent: Any, layer_cotangents: Any, activations: Any) -> list[Array]:
-    """c_0 … c_L for the floating-point leaves, leading axis L + 1."""
+def _check_real(named: list[tuple[str, Any]]) -> None:
+    strange = [f"{name}: {leaf!r}" for name, leaf in named if not checks.is_array(leaf)]
+    if strange:
+        raise TypeError(f"`activations` must hold arrays alone; got {', '.join(strange)}. parscan.forward returns them as needed.")
+    if any(checks.is_complex(leaf) for _, leaf in named):
+        listed = ", ".join(f"{name}: {checks.describe(leaf)}" for name, leaf in named)
+        raise TypeError(f"`activations` must be real; got {listed}. Split complex states into real and imaginary parts.")
+
+
+def _check_any(cotangent: Any, layer_cotangents: Any) -> None:
     if cotangent is None and layer_cotangents is None:
         raise ValueError(
             "`cotangent` and `layer_cotangents` are both None: there is nothing to pull back. Give the loss's derivative at h_L, or at every layer."
         )
+
+
+def _stacked_cotangents(cotangent: Any, layer_cotangents: Any, activations: Any) -> list[Array]:
+    """c_0 … c_L for the floating-point leaves, leading axis L + 1."""
+    _check_any(cotangent, layer_cotangents)
     states = jax.tree.leaves(activations)
-    every = _matching("layer_cotangents", layer_cotangents, activations, lambda h: checks.shape_of(h))
-    last = _matching("cotangent", cotangent, activations, lambda h: checks.shape_of(h)[1:])
+    absent = [None] * len(states)
+    every = absent if layer_cotangents is None else _matching("layer_cotangents", layer_cotangents, activations, "`activations`", checks.shape_of)
+    shape = lambda h: checks.shape_of(h)[1:]  # noqa: E731
+    last = absent if cotangent is None else _matching("cotangent", cotangent, activations, "the last activation h_L", shape)
     out = []
     for h, c, end in zip(states, every, last, strict=True):
         if checks.is_inexact(h):
-            total = jnp.zeros_like(h) if c is None else jnp.asarray(c)
+            total = jnp.zeros(checks.shape_of(h), checks.dtype_of(h)) if c is None else c
             out.append(total if end is None else total.at[-1].add(end))
     return out
 
 
-def _matching(name: str, given: Any, activations: Any, shape: Callable[[Any], tuple[int, ...]]) -> list[Any]:
-    """Leaves of a cotangent, checked against the activations; None for each if there is none."""
-    states = jax.tree.leaves(activations)
-    if given is None:
-        return [None] * len(states)
-    what = "`activations`" if name == "layer_cotangents" else "the last activation h_L"
-    difference = checks.structure_difference(f"`{name}`", given, activations)
+def _matching(name: str, given: Any, like: Any, what: str, shape: Callable[[Any], tuple[int, ...]]) -> list[Any]:
+    """Leaves of a cotangent in the dtypes of the activations', checked against these; None where they have no derivative."""
+    states = jax.tree.leaves(like)
+    difference = checks.structure_difference(f"`{name}`", given, like)
     if difference is not None:
         raise ValueError(f"`{name}` must match {what}: {difference}.")
     pairs = list(zip(checks.named_leaves(name, given), states, strict=True))
+    strange = [f"{leaf_name}: {c!r}" for (leaf_name, c), h in pairs if checks.is_inexact(h) and not checks.is_array(c)]
+    if strange:
+        raise TypeError(f"`{name}` must hold arrays like those of {what}; got {', '.join(strange)}.")
     wrong = [
         f"{leaf_name} is {checks.describe(c)}, where {checks.dtype_of(h)}[{','.join(map(str, shape(h)))}] is needed"
         for (leaf_name, c), h in pairs
@@ -204,14 +276,132 @@ def _matching(name: str, given: Any, activations: Any, shape: Callable[[Any], tu
     ]
     if wrong:
         raise ValueError(f"`{name}` must match {what}: {'; '.join(wrong)}.")
-    return [c for (_, c), _ in pairs]
+    return [jnp.asarray(c, checks.dtype_of(h)) if checks.is_inexact(h) else None for (_, c), h in pairs]
+
+
+# --- running ------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Part:
+    """All that is static about a stretch's backward pass.
+
+    closed_over: for each run, how many of its constants are no parameters. by_jax: every layer's whole VJP in one loop. differentiable: proved
+    to be linear, so that the pass itself may be differentiated.
+    """
+
+    recurrence: Recurrence
+    closed_over: tuple[int, ...]
+    by_jax: bool
+    differentiable: bool
+
+
+@dataclass(frozen=True)
+class Backward:
+    """All that is static about a backward pass: the stretches, in the order of the layers."""
+
+    parts: tuple[Part, ...]
+
+    @property
+    def is_portable(self) -> bool:
+        return all(part.recurrence.is_portable for part in self.parts)
+
+
+def _gradients(network: Network, states: list[list[Any]], cotangents: _Cotangents, plan: Plan, stretches: list[Stretch]) -> Gradients:
+    spec = Backward(tuple(_part(network, stretch) for stretch in stretches))
+    consts, xs = [link.consts for link in network.links], [link.xs for link in network.links]
+    to_consts, to_xs, start, leaving = _compiled(spec, consts, xs, states, (cotangents.start, cotangents.leaving))
+    shared = [_scattered(link.consts[link.closed_over :], some) for link, some in zip(network.links, to_consts, strict=True)]
+    stacked = [_scattered(link.xs, some) for link, some in zip(network.links, to_xs, strict=True)]
+    every = [_scattered(_states_after(link), some) for link, some in zip(network.links, leaving, strict=True)]
+    activations = network.as_activations(_scattered(network.start, start), every)
+    return Gradients(network.as_params(shared, stacked), _Listed(activations) if network.stacked is None else activations, plan)
+
+
+def _states_after(link: Link) -> list[jax.ShapeDtypeStruct]:
+    return [jax.ShapeDtypeStruct((link.step.count, *a.shape), a.dtype) for a in link.step.program.out_avals[0]]
+
+
+def _part(network: Network, stretch: Stretch) -> Part:
+    links = network.links[stretch.lo : stretch.hi]
+    closed_over = tuple(link.closed_over for link in links)
+    if stretch.layouts is not None:
+        return Part(network.recurrence(stretch), closed_over, False, True)
+    by_jax = isinstance(stretch.plan.method, Lax) or not all(is_batchable(link.step.program) for link in links)
+    layouts = layouts_of([(link.step.program, link.step.repeats) for link in links], "dense")
+    runs = tuple(
+        Run(link.step.program, a, b, link.step.count, link.step.repeats) for link, a, b in zip(links, layouts, layouts[1:], strict=False)
+    )
+    return Part(Recurrence(runs, Sequential()), closed_over, by_jax, False)
+
+
+def _run(spec: Backward, consts: list[list], xs: list[list], states: list[list], cotangents: tuple[list, list[list]]) -> tuple:
+    """Gradients of the floating-point leaves, by run: shared parameters, stacked parameters; h_0; the states leaving every layer."""
+    start, leaving = cotangents
+    bounds = [0]
+    for part in spec.parts:
+        bounds.append(bounds[-1] + len(part.recurrence.runs))
+    ends = [[leaf[-1] for leaf in some] if some and some[0].shape[0] else None for some in leaving]
+    found: list = []
+    for i, part in reversed(list(enumerate(spec.parts))):
+        lo, hi = bounds[i], bounds[i + 1]
+        before = start if lo == 0 else ends[lo - 1] or []
+        if found:  # what the stretch behind has accumulated takes the place of what was injected between the two
+            leaving = [*leaving[: hi - 1], [leaf.at[-1].set(g) for leaf, g in zip(leaving[hi - 1], entering, strict=True)], *leaving[hi:]]
+        runs = [_linearised(run, c, x, h, closed) for run, c, x, h, closed in zip(part.recurrence.runs, consts[lo:hi], xs[lo:hi], states[lo:hi], part.closed_over, strict=True)]
+        entering, some = (_by_jax if part.by_jax else _by_system)(part, runs, before, leaving[lo:hi])
+        found = some + found
+    return [run.consts for run in found], [run.xs for run in found], entering, [run.states for run in found]
+
+
+def _linearised(run: Run, consts: list, xs: list, states: list, closed_over: int) -> system.Linearised:
+    shared = tuple(i for i in range(closed_over, len(consts)) if checks.is_inexact(consts[i]))
+    floats = tuple(i for i, h in enumerate(states) if checks.is_inexact(h))
+    inputs = tuple(i for i, x in enumerate(xs) if checks.is_inexact(x))
+    return system.Linearised(run.program, run.before, run.after, consts, xs, states, shared, floats, inputs, (), run.count)
+
+
+def _by_system(part: Part, runs: list[system.Linearised], start: list, leaving: list[list]) -> tuple[list, list[system.RunUnknowns]]:
+    at = system.System(runs, part.recurrence.method)
+    zero = system.zeros(at)
+    right = system.Unknowns(start, [some._replace(states=given) for some, given in zip(zero.runs, leaving, strict=True)])
+    solved = system.cotangents(at, right) if part.differentiable else system.solve_transposed(at, right)
+    return solved.start, solved.runs
+
+
+def _by_jax(part: Part, runs: list[system.Linearised], start: list, leaving: list[list]) -> tuple[list, list[system.RunUnknowns]]:
+    """JAX's own order: layer by layer, each one's whole VJP."""
+    found: list[system.RunUnknowns] = []
+    befores = [start, *([leaf[-1] for leaf in some] for some in leaving[:-1])]
+    after = None
+    for run, before, some in reversed(list(zip(runs, befores, leaving, strict=True))):
+        if run.count == 0:
+            return before, [system.RunUnknowns([jnp.zeros_like(run.consts[i]) for i in run.active_consts], [run.xs[i] for i in run.active_xs], some, [])]
+        after = [leaf[-1] for leaf in some] if after is None else after
+
+        def step(carry, one, run=run):
+            after, total = carry
+            data, injected = one
+            to_consts, before, to_xs = jax.vjp(lambda *primal: run.step(data, *primal)[0], *run.at(data))[1](after)
+            before = jax.tree.map(jnp.add, before, injected)
+            return (before, jax.tree.map(jnp.add, total, to_consts)), (after, to_xs)
+
+        zero = [jnp.zeros_like(run.consts[i]) for i in run.active_consts]
+        if run.count == 1:
+            (entering, to_consts), (states, to_xs) = step((after, zero), (jax.tree.map(lambda x: x[0], run.data), before))
+            states, to_xs = jax.tree.map(lambda leaf: leaf[None], (states, to_xs))
+        else:
+            injected = [jnp.concatenate([b[None], leaf[:-1]]) for b, leaf in zip(before, some, strict=True)]
+            (entering, to_consts), (states, to_xs) = lax.scan(step, (after, zero), (run.data, injected), reverse=True)
+        found.insert(0, system.RunUnknowns(to_consts, to_xs, states, []))
+        after = entering
+    return after or [], found
+
+
+_compiled = jit_unless_staged(_run)
 
 
 def _scattered(like: list, floats: list) -> list:
     """Gradients for all leaves, `float0` for those that have none."""
     rest = iter(floats)
     return [next(rest) if checks.is_inexact(leaf) else checks.float0_zeros(checks.shape_of(leaf)) for leaf in like]
-
-
-def _as_params(stacked: Stacked, to_stacked: list, to_shared: list) -> Any:
-    return stacked.join(_scattered(stacked.leaves, to_stacked), _scattered(stacked.shared, to_shared))

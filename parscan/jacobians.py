@@ -1,6 +1,7 @@
 """Kinds of Jacobian: how a linear map is stored, applied and multiplied.
 
-Every kind acts on raveled vectors of shape (..., n); leading axes are independent maps (the steps of a chain). Products are
+Every kind acts on raveled vectors of shape (..., n); leading axes are independent maps (the steps of a chain). Matrices and blocks need
+not be square where layers change the width: then vectors of length n become vectors of length p. Products are
 taken at the highest precision the device has, since a long chain compounds what each product loses.
 """
 
@@ -24,7 +25,7 @@ def _register(cls):
 
 
 def _dot(matrix: Array, vector: Array) -> Array:
-    """(..., n, n) times (..., n)."""
+    """(..., p, n) times (..., n)."""
     if matrix.shape[-1] <= _UNROLLED:
         return (matrix * vector[..., None, :]).sum(-1)
     return jnp.einsum("...ij,...j->...i", matrix, vector, precision=lax.Precision.HIGHEST)
@@ -33,7 +34,7 @@ def _dot(matrix: Array, vector: Array) -> Array:
 def _balanced(matrix: Array, rows: Array | None) -> tuple[Array, Array]:
     """2^rows · matrix as (mantissa, e), with mantissa · 2^e and every column's largest entry in [1/2, 1).
 
-    matrix (..., n, n), rows int32 (..., n) or None, e int32 (..., n). Exact, but for entries 2^126 below their column's largest.
+    matrix (..., p, n), rows int32 (..., p) or None, e int32 (..., n). Exact, but for entries 2^126 below their column's largest.
     """
     each = exponents.exponent(matrix) if rows is None else exponents.exponent(matrix) + rows[..., :, None]
     top = each.max(-2)
@@ -48,7 +49,7 @@ class Dense:
     """A full matrix a step.
 
     Args:
-        matrix: floating-point array of shape (..., n, n).
+        matrix: floating-point array of shape (..., n, n), or (..., p, n).
 
     Example:
         >>> parscan.Dense(jnp.ones((100, 3, 3))).size
@@ -80,16 +81,16 @@ class Dense:
         return Dense(mantissa), exponent
 
     def shifted(self, rows: Array) -> tuple[Dense, Array]:
-        """2^rows · J, balanced anew; rows and exponents int32 (..., n)."""
+        """2^rows · J, balanced anew; rows int32 (..., p), exponents int32 (..., n)."""
         mantissa, exponent = _balanced(self.matrix, rows)
         return Dense(mantissa), exponent
 
     def to_dense(self) -> Array:
-        """The full matrix, (..., n, n)."""
+        """The full matrix, (..., p, n)."""
         return self.matrix
 
     @classmethod
-    def from_columns(cls, columns: Array) -> Dense:
+    def from_columns(cls, columns: Array, blocks: int = 1) -> Dense:
         """From the images of the basis: columns[..., k, :] = J e_k."""
         return cls(columns.swapaxes(-1, -2))
 
@@ -97,10 +98,10 @@ class Dense:
 @_register
 @dataclass(frozen=True)
 class BlockDiagonal:
-    """Equal square blocks along the diagonal: a batch of states that do not mix.
+    """Equal blocks along the diagonal: a batch of states that do not mix.
 
     Args:
-        blocks: floating-point array of shape (..., b, m, m); it acts on vectors of length n = b·m, block after block.
+        blocks: floating-point array of shape (..., b, m, m), or (..., b, q, m); it acts on vectors of length n = b·m, block after block.
 
     Example:
         >>> parscan.BlockDiagonal(jnp.ones((100, 4, 3, 3))).size
@@ -115,12 +116,15 @@ class BlockDiagonal:
         return self.blocks.shape[-3] * self.blocks.shape[-1]
 
     def _split(self, vector: Array) -> Array:
-        return vector.reshape(*vector.shape[:-1], *self.blocks.shape[-3:-1])
+        b = self.blocks.shape[-3]
+        return vector.reshape(*vector.shape[:-1], b, vector.shape[-1] // b)
+
+    def _joined(self, vector: Array) -> Array:
+        return vector.reshape(*vector.shape[:-2], vector.shape[-2] * vector.shape[-1])
 
     def apply(self, vector: Array) -> Array:
         """J v; vector (..., n)."""
-        product = _dot(self.blocks, self._split(vector))
-        return product.reshape(*product.shape[:-2], self.size)
+        return self._joined(_dot(self.blocks, self._split(vector)))
 
     def transpose(self) -> BlockDiagonal:
         """Jᵀ."""
@@ -133,25 +137,24 @@ class BlockDiagonal:
     def balanced(self) -> tuple[BlockDiagonal, Array]:
         """J as a mantissa and one exponent a column, int32 (..., n)."""
         mantissa, exponent = _balanced(self.blocks, None)
-        return BlockDiagonal(mantissa), exponent.reshape(*exponent.shape[:-2], self.size)
+        return BlockDiagonal(mantissa), self._joined(exponent)
 
     def shifted(self, rows: Array) -> tuple[BlockDiagonal, Array]:
-        """2^rows · J, balanced anew; rows and exponents int32 (..., n)."""
+        """2^rows · J, balanced anew; rows int32 (..., p), exponents int32 (..., n)."""
         mantissa, exponent = _balanced(self.blocks, self._split(rows))
-        return BlockDiagonal(mantissa), exponent.reshape(*exponent.shape[:-2], self.size)
+        return BlockDiagonal(mantissa), self._joined(exponent)
 
     def to_dense(self) -> Array:
-        """The full matrix, (..., n, n)."""
-        b, m = self.blocks.shape[-3:-1]
+        """The full matrix, (..., p, n)."""
+        b, q, m = self.blocks.shape[-3:]
         full = jnp.eye(b, dtype=self.blocks.dtype)[:, None, :, None] * self.blocks[..., :, :, None, :]
-        return full.reshape(*self.blocks.shape[:-3], b * m, b * m)
+        return full.reshape(*self.blocks.shape[:-3], b * q, b * m)
 
     @classmethod
-    def from_columns(cls, columns: Array) -> BlockDiagonal:
-        """From the images of the m vectors that are e_k in every block at once: columns (..., m, b·m)."""
-        m = columns.shape[-2]
-        blocks = columns.reshape(*columns.shape[:-1], columns.shape[-1] // m, m)
-        return cls(jnp.moveaxis(blocks, -3, -1))
+    def from_columns(cls, columns: Array, blocks: int) -> BlockDiagonal:
+        """From the images of the m vectors that are e_k in every one of b blocks at once: columns (..., m, b·q)."""
+        apart = columns.reshape(*columns.shape[:-1], blocks, columns.shape[-1] // blocks)
+        return cls(jnp.moveaxis(apart, -3, -1))
 
 
 @_register
@@ -200,7 +203,7 @@ class Diagonal:
         return jnp.eye(self.size, dtype=self.diagonal.dtype) * self.diagonal[..., None, :]
 
     @classmethod
-    def from_columns(cls, columns: Array) -> Diagonal:
+    def from_columns(cls, columns: Array, blocks: int = 1) -> Diagonal:
         """From the image of the vector of ones: columns (..., 1, n)."""
         return cls(columns[..., 0, :])
 
@@ -211,8 +214,3 @@ Jacobian = Dense | BlockDiagonal | Diagonal
 def basis(blocks: int, width: int, dtype: Any) -> Array:
     """The `width` vectors that are e_k in every block at once, (width, blocks · width): their images are a Jacobian's columns."""
     return jnp.tile(jnp.eye(width, dtype=dtype), (1, blocks))
-
-
-def kind_of(blocks: int, width: int) -> type[Any]:
-    """The kind for `blocks` blocks of side `width`."""
-    return Diagonal if width == 1 else Dense if blocks == 1 else BlockDiagonal

@@ -63,7 +63,7 @@ def _solved(method: Method, reverse: bool, A: Jacobian, b: Array, h0: Array) -> 
     def solve(transposed, r):
         back = reverse != transposed
         start = prefix.first(r, back)
-        values = sweep(_chain(A.transpose() if transposed else A, count), start, prefix.leaving(r, back), method, reverse=back)
+        (values,) = sweep([_chain(A.transpose() if transposed else A, count)], start, [prefix.leaving(r, back)], method, reverse=back)
         return prefix.boundaries(start, values, back)
 
     h = lax.custom_linear_solve(apply, prefix.boundaries(h0, b, reverse), lambda _, r: solve(False, r), transpose_solve=lambda _, c: solve(True, c))
@@ -84,7 +84,7 @@ def _chain(A: Jacobian, count: int) -> Chain:
         return A, lambda some: some
 
     blocks, width = (A.size, 1) if isinstance(A, Diagonal) else (1, A.size) if isinstance(A, Dense) else A.blocks.shape[-3:-1]
-    return Chain(lambda: _entries(A, count), forming, blocks, width)
+    return Chain(lambda: _entries(A, count), forming, blocks, (width, width), type(A))
 
 
 def _is_shared(A: Jacobian) -> bool:

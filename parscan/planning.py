@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import jax
 
-from parscan.jacobians import kind_of
 from parscan.jaxprs import Program, flops, obstacle
-from parscan.methods import Chunked, Lax, Method, Walk
-from parscan.structure import Claim, Layout, layout_of
+from parscan.methods import Associative, Chunked, Lax, Method, Sequential, Tree, Walk
+from parscan.order import ordered
+from parscan.structure import Claim, Layout, kind_of, layouts_of
 
 logger = logging.getLogger("parscan")
 
@@ -21,10 +23,15 @@ class Plan:
 
     Attributes:
         kind: name of the Jacobians' kind, `"Dense"`, `"BlockDiagonal"`, `"Diagonal"`, or `"none"` where there are none.
-        blocks: from block size to how many.
+        blocks: from block size to how many; the widest where layers change the width.
         method: the method, its sizes chosen.
         reason: why, in words.
-        length: number of steps.
+        length: number of steps, or of layers.
+        runs: how many layers in each run of equal neighbours, which are batched; `(length,)` for a recurrence.
+        flops: arithmetic of the products and vectors of a tree over layers of several widths, in the order chosen. 0 for other methods.
+        balanced_flops: the same of the balanced tree.
+        stretches: the plans of stretches of a network that are crossed by different methods. Then `kind`, `blocks`, `method` are those of
+            the longest, the arithmetic is the sum.
 
     Example:
         >>> parscan.plan(f, init, xs, method="walk").length == len(xs)
@@ -36,78 +43,185 @@ class Plan:
     method: Method
     reason: str
     length: int
+    runs: tuple[int, ...] = ()
+    flops: int = 0
+    balanced_flops: int = 0
+    stretches: tuple[Plan, ...] = ()
 
     def __hash__(self) -> int:
-        return hash((self.kind, tuple(self.blocks.items()), self.method, self.reason, self.length))
+        return hash((self.kind, tuple(self.blocks.items()), self.method, self.reason, self.length, self.runs))
+
+
+class Step(NamedTuple):
+    """Equal layers of a chain: a program, how many there are, and whether they are a loop (else a single layer, which may change the state)."""
+
+    program: Program
+    count: int
+    repeats: bool
+
+
+class Stretch(NamedTuple):
+    """Steps lo … hi - 1 of a chain, crossed by one method. `layouts`: of the states before, between and after them; None if handed over."""
+
+    lo: int
+    hi: int
+    plan: Plan
+    layouts: tuple[Layout, ...] | None
 
 
 SEGMENT_ENTRIES = 2**17  # numbers in the Jacobians that a walk forms at once: they stay in cache
 CPU_STATE = 1024  # B·n² up to which forming and walking beats a loop on a CPU
 CPU_BLOCKS = 64  # blocks up to which it does
 CPU_STEP = 2**13  # operations of a step up to which a loop waits more than it computes
+ACCELERATOR_LENGTH = 64  # steps from which on it is worth while there
 ACCELERATOR_STATE = 2**18  # B·n² up to which chunk matrices are worth their products on an accelerator
 
 
 def plan_for(
     program: Program, length: int, method: Method | None, claim: Claim | None, *, fallback: Method, platform: str | None = None
 ) -> tuple[Plan, Layout | None]:
-    """The plan for `length` steps of a program.
+    """The plan for `length` steps of a recurrence, and the layout of its state (None if it is handed over); see `plan_chain`."""
+    plan, (stretch,) = plan_chain([Step(program, length, True)], method, claim, fallback=fallback, platform=platform)
+    return plan, None if stretch.layouts is None else stretch.layouts[0]
+
+
+def plan_chain(
+    steps: Sequence[Step], method: Method | None, claim: Claim | None, *, fallback: Method, platform: str | None = None
+) -> tuple[Plan, list[Stretch]]:
+    """The plan for a chain of layers.
 
     Args:
+        steps: at least one.
         method: a method, or None to choose.
         claim: a structure, or None to prove one.
         fallback: what takes over where no Jacobian may or should be formed: `Lax()` if JAX can, else `Sequential()`.
         platform: `"cpu"`, `"gpu"`, `"tpu"`; JAX's default backend if not given.
 
     Returns:
-        the plan, and the layout of the state (None if it is handed over).
+        the plan, and the stretches, each crossed by one method: one of them, unless the choice is free and layers differ.
 
     Raises:
         ValueError: an explicit parallel method for a step that has none; the equation is named. A claim that does not fit.
     """
+    everything = slice(0, len(steps))
     if isinstance(method, Lax):
-        return Plan("none", {}, method, "asked for", length), None
-    problem = obstacle(program)
-    if problem is not None:
-        if method is not None and method.is_parallel:
+        stretches = [_handed_over(steps, everything, method, "asked for")]
+    elif method is not None:
+        problem = next((found for step in steps if (found := obstacle(step.program)) is not None), None)
+        if problem is not None and method.is_parallel:
             raise ValueError(
                 f"`method={method!r}` cannot be used for this function: {problem}. "
                 "Use method='auto', which leaves it to the sequential pass, or take that out of the function."
             )
-        plan = Plan("none", {}, fallback, f"sequential, since {problem}", length)
-        logger.debug("%s: %s", plan.method, plan.reason)
-        return plan, None
-    layout = layout_of(program, claim)
-    blocks, width = layout.blocks, layout.width
-    if layout.size == 0:
-        return Plan("none", {}, fallback, "nothing in the state is differentiable", length), None
-    if method is None:
-        method, reason = _chosen(program, length, blocks, width, fallback, platform or jax.default_backend())
+        if problem is not None:
+            stretches = [_handed_over(steps, everything, fallback, f"sequential, since {problem}")]
+        else:
+            stretches = [_planned(steps, everything, method, "asked for", claim, fallback)]
     else:
-        reason = "asked for"
-    plan = Plan(kind_of(blocks, width).__name__, {width: blocks}, sized(method, length, blocks, width), reason, length)
-    logger.debug("%s for %d steps, %d blocks of %d: %s", plan.method, length, blocks, width, plan.reason)
-    return plan, layout
+        stretches = _chosen_stretches(steps, claim, fallback, platform or jax.default_backend())
+    plan = _summary(stretches)
+    logger.debug("%s for %d steps, %s %s: %s", plan.method, plan.length, plan.kind, plan.blocks, plan.reason)
+    return plan, stretches
 
 
-def _chosen(program: Program, length: int, blocks: int, width: int, fallback: Method, platform: str) -> tuple[Method, str]:
-    """The rule behind `method="auto"`; README, *When it pays*, has the figures it follows."""
-    state, name = blocks * width**2, f"{blocks} block{'s' if blocks != 1 else ''} of {width}"
-    if length < 2:
+def _chosen_stretches(steps: Sequence[Step], claim: Claim | None, fallback: Method, platform: str) -> list[Stretch]:
+    """Neighbours that may and should be crossed in parallel go together, and so do the others."""
+    if claim is not None:
+        layouts_of([(step.program, step.repeats) for step in steps], claim)  # raises if it does not fit
+    verdicts = [_verdict(step, claim, fallback, platform) for step in steps]
+    stretches, lo = [], 0
+    for hi in range(1, len(steps) + 1):
+        if hi == len(steps) or verdicts[hi][0] != verdicts[lo][0]:
+            stretches += _of_stretch(steps, slice(lo, hi), verdicts[lo], claim, fallback, platform)
+            lo = hi
+    return stretches
+
+
+def _of_stretch(steps: Sequence[Step], place: slice, verdict: tuple[str, Method, str], claim: Claim | None, fallback: Method, platform: str) -> list[Stretch]:
+    what, method, reason = verdict
+    length = sum(step.count for step in steps[place])
+    if what == "narrow" and platform != "cpu" and length < ACCELERATOR_LENGTH:
+        return [_handed_over(steps, place, fallback, f"{length} steps on {platform}: too short a chain for matrix products to pay")]
+    if what in ("narrow", "sequential"):
+        return [_planned(steps, place, method, reason, claim, fallback)]
+    return [_handed_over(steps, place, method, reason)]
+
+
+def _verdict(step: Step, claim: Claim | None, fallback: Method, platform: str) -> tuple[str, Method, str]:
+    """How one step should be crossed: what kind of decision that is (neighbours of one kind go together), the method, and why."""
+    problem = obstacle(step.program)
+    if problem is not None:
+        return "obstacle", fallback, f"sequential, since {problem}"
+    before, after = layouts_of([(step.program, step.repeats)], claim)
+    if step.repeats and before.size == 0:
+        return "handed over", fallback, "nothing in the state is differentiable"
+    method, reason = _chosen(step, before.blocks or after.blocks, (before.width, after.width), fallback, platform)
+    return ("narrow" if method.is_parallel else "sequential" if isinstance(method, Sequential) else "handed over"), method, reason
+
+
+def _handed_over(steps: Sequence[Step], place: slice, method: Method, reason: str) -> Stretch:
+    runs = tuple(step.count for step in steps[place])
+    return Stretch(place.start, place.stop, Plan("none", {}, method, reason, sum(runs), runs), None)
+
+
+def _planned(steps: Sequence[Step], place: slice, method: Method, reason: str, claim: Claim | None, fallback: Method) -> Stretch:
+    some = steps[place]
+    layouts = layouts_of([(step.program, step.repeats) for step in some], claim)
+    if not any(layout.size for layout in layouts):
+        return _handed_over(steps, place, fallback, "nothing in the state is differentiable")
+    runs = tuple(step.count for step in some)
+    blocks, width = max(layout.blocks for layout in layouts if layout.size), max(layout.width for layout in layouts)
+    sizes = sized(method, max(runs) if len(runs) > 1 else runs[0], blocks, width)
+    plan = Plan(kind_of(layouts).__name__, {width: blocks}, sizes, reason, sum(runs), runs)
+    if len(runs) > 1 and isinstance(sizes, (Tree, Associative)):
+        found = ordered(runs[::-1], tuple(layout.width for layout in layouts)[::-1], blocks)
+        plan = replace(plan, flops=found.flops, balanced_flops=found.balanced)
+    return Stretch(place.start, place.stop, plan, tuple(layouts))
+
+
+def _summary(stretches: Sequence[Stretch]) -> Plan:
+    """One plan for all: see `Plan.stretches`."""
+    plans = [stretch.plan for stretch in stretches]
+    if len(plans) == 1:
+        return replace(plans[0], reason=plans[0].reason + _of_layers(plans[0]))
+    longest = max(plans, key=lambda plan: (plan.method.is_parallel, plan.length))
+    runs = tuple(count for plan in plans for count in plan.runs)
+    whole = replace(longest, length=sum(plan.length for plan in plans), runs=runs, stretches=tuple(plans))
+    whole = replace(whole, flops=sum(plan.flops for plan in plans), balanced_flops=sum(plan.balanced_flops for plan in plans))
+    listed = "; ".join(f"{plan.method} for {plan.length} layers ({plan.reason})" for plan in plans)
+    return replace(whole, reason=f"in {len(plans)} stretches: {listed}" + _of_layers(whole))
+
+
+def _of_layers(plan: Plan) -> str:
+    """What a network's plan says beside its reason: which layers are batched, what the order of products saved."""
+    said = ""
+    if len(plan.runs) > 1:
+        batched = [f"{count} equal neighbours" for count in plan.runs if count > 1]
+        said += f"; {plan.length} layers in {len(plan.runs)} runs" + (f", {', '.join(batched[:3])}{', …' if len(batched) > 3 else ''} batched" if batched else "")
+    if plan.balanced_flops:
+        said += f"; order of products: {plan.flops} FLOPs where the balanced tree takes {plan.balanced_flops}, {1 - plan.flops / plan.balanced_flops:.0%} saved"
+    return said
+
+
+def _chosen(step: Step, blocks: int, widths: tuple[int, int], fallback: Method, platform: str) -> tuple[Method, str]:
+    """The rule behind `method="auto"`, for one step; README, *When it pays*, has the figures it follows."""
+    width, state = max(widths), blocks * widths[0] * widths[1]
+    name = f"{blocks} block{'s' if blocks != 1 else ''} of {width if widths[0] == widths[1] else f'{widths[1]} × {widths[0]}'}"
+    if step.count < 2 and (platform == "cpu" or step.repeats):
         return fallback, "nothing to combine"
-    if program.recomputes:
+    if step.program.recomputes:
         return fallback, "a `jax.checkpoint` in the step asks for little memory, which batching all steps would not keep to"
     if platform == "cpu":
         if blocks == 1 or width == 1:
             return fallback, f"{name} on a CPU: XLA fuses each step of the loop into one kernel"
-        if flops(program.jaxpr) > CPU_STEP:
+        if flops(step.program.jaxpr) > CPU_STEP:
             return Lax(), f"{name} on a CPU: a step computes enough that a loop hardly waits"
         if state <= CPU_STATE and blocks <= CPU_BLOCKS:
             return Walk(), f"{name} on a CPU: forming their Jacobians and walking them is cheaper than a loop of VJPs"
         return fallback, f"{name} on a CPU: the arithmetic of matrix products outweighs the loop's overhead"
-    if state <= ACCELERATOR_STATE and length >= 64:
+    if state <= ACCELERATOR_STATE:
         return Chunked(), f"{name} on {platform}: the loop's latency outweighs the arithmetic of matrix products"
-    return fallback, f"{name} for {length} steps on {platform}: too much arithmetic, or too short a chain, for matrix products to pay"
+    return fallback, f"{name} on {platform}: too much arithmetic for matrix products to pay"
 
 
 def sized(method: Method, length: int, blocks: int, width: int) -> Method:

@@ -11,11 +11,13 @@ coverage and depth without a float.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import jax
 from jax import lax
+
+from parscan.order import Node, Unit, units
 
 Maps = Any
 Value = Any
@@ -33,14 +35,14 @@ def take(tree: Any, index: Any) -> Any:
     return jax.tree.map(lambda x: x[index], tree)
 
 
+def _concat(parts: list) -> Any:
+    return parts[0].__array_namespace__().concat(parts, axis=0)
+
+
 def boundaries(start: Value, leaving: Value, reverse: bool) -> Value:
     """The L + 1 values between the maps, from the value entering the first and those leaving each."""
 
-    def join(s, rest):
-        parts = (rest, s[None]) if reverse else (s[None], rest)
-        return s.__array_namespace__().concat(parts, axis=0)
-
-    return jax.tree.map(join, start, leaving)
+    return jax.tree.map(lambda s, rest: _concat([rest, s[None]] if reverse else [s[None], rest]), start, leaving)
 
 
 def entering(bounds: Value, reverse: bool) -> Value:
@@ -61,48 +63,72 @@ def first(bounds: Value, reverse: bool) -> Value:
 def walk(maps: Maps, start: Value, apply: Apply, *, reverse: bool = False, scan: Callable = lax.scan) -> Value:
     """One map after another: depth L, no product of maps. `apply` gets a single map."""
 
-    def step(value, one):
-        value = apply(one, value)
-        return value, value
+    return _crossing(maps, start, apply, reverse, scan)
 
-    return scan(step, start, maps, reverse=reverse)[1]
+
+def up(maps: Maps, then: Then, *, reverse: bool = False, levels: int | None = None, whole: bool = False) -> list[Maps]:
+    """The maps, and those of every round of joining neighbours, each round half as many.
+
+    A map without a partner is nobody's burden: it is left out of the next round; with `whole` it is carried along, so that
+    the last round's one map is the product of all, in ceil(log2 C) rounds and C - 1 joins.
+    """
+    rounds = [maps]
+    while length(rounds[-1]) > 1 and (levels is None or len(rounds) <= levels):
+        maps = rounds[-1]
+        _, pairs, firsts, evens, odds = _halves(maps, reverse)
+        joined = then(odds, take(evens, slice(firsts - pairs, None) if reverse else slice(None, pairs)))
+        if whole and firsts > pairs:
+            alone = take(evens, slice(None, 1) if reverse else slice(-1, None))
+            joined = jax.tree.map(lambda j, a: _concat([a, j] if reverse else [j, a]), joined, alone)
+        rounds.append(joined)
+    return rounds
+
+
+def down(rounds: list[Maps], start: Value, apply: Apply, *, reverse: bool = False, walk: Callable = walk) -> Value:
+    """The value leaving each map, handed out from the last round to the first: as many rounds of `apply`, on stacked maps."""
+    count = length(rounds[-1])
+    if count == 0:
+        return jax.tree.map(lambda s: s[None][:0], start)
+    values = apply(rounds[-1], jax.tree.map(lambda s: s[None], start)) if count == 1 else walk(rounds[-1], start, apply, reverse=reverse)
+    for maps in reversed(rounds[:-1]):
+        even, pairs, firsts, evens, _ = _halves(maps, reverse)
+        after_odd = take(values, slice(-pairs, None) if reverse else slice(None, pairs))
+        before_even = take(boundaries(start, after_odd, reverse), slice(pairs + 1 - firsts, None) if reverse else slice(None, firsts))
+        after_even = apply(evens, before_even)
+        lead, other = (after_even, after_odd) if even == 0 else (after_odd, after_even)
+        values = jax.tree.map(_interleave, lead, other)
+    return values
+
+
+def _halves(maps: Maps, reverse: bool) -> tuple[int, int, int, Maps, Maps]:
+    """Position p of the journey is entry p, or entry count - 1 - p in reverse: where 0, 2, … begin, how many pairs, how many of 0, 2, …, both."""
+    count = length(maps)
+    even, odd = ((count - 1) % 2, count % 2) if reverse else (0, 1)
+    return even, count // 2, (count + 1) // 2, take(maps, slice(even, None, 2)), take(maps, slice(odd, None, 2))
 
 
 def tree(maps: Maps, start: Value, apply: Apply, then: Then, *, reverse: bool = False, levels: int | None = None, walk: Callable = walk) -> Value:
     """Work-efficient prefix: neighbours are joined on the way up, values handed out on the way down.
 
-    With C maps: fewer than C joins in at most ceil(log2 C) rounds, and as many rounds of `apply`, which acts on stacked maps
-    here. After `levels` rounds the maps that remain are walked. A map without a partner is nobody's burden: it is
-    the last of the journey, so its value is one more `apply`.
+    C maps take C - 1 - log2(C) joins or fewer in less than log2(C) rounds, and as many rounds of `apply`, on stacked maps. No product
+    is made that no value needs: the journey's last map meets a vector only. After `levels` rounds the maps that remain are walked.
 
     Source: G. E. Blelloch, Prefix sums and their applications (1990); S. Wang, Y. Bai, G. Pekhimenko, BPPSA (MLSys 2020).
     """
     count = length(maps)
-    if count == 1:
-        return apply(maps, jax.tree.map(lambda s: s[None], start))
-    if count == 0:
-        return jax.tree.map(lambda s: s[None][:0], start)
-    if levels == 0:
-        return walk(maps, start, apply, reverse=reverse)
-    pairs, firsts = count // 2, (count + 1) // 2
-    # Position p of the journey is entry p, or entry count - 1 - p in reverse: where positions 0, 2, … and 1, 3, … begin.
-    even, odd = ((count - 1) % 2, count % 2) if reverse else (0, 1)
-    evens, odds = take(maps, slice(even, None, 2)), take(maps, slice(odd, None, 2))
-    paired = take(evens, slice(firsts - pairs, None) if reverse else slice(None, pairs))
-    remaining = None if levels is None else levels - 1
-    after_odd = tree(then(odds, paired), start, apply, then, reverse=reverse, levels=remaining, walk=walk)
-    before_even = boundaries(start, after_odd, reverse)
-    before_even = take(before_even, slice(pairs + 1 - firsts, None) if reverse else slice(None, firsts))
-    after_even = apply(evens, before_even)
-    lead, other = (after_even, after_odd) if even == 0 else (after_odd, after_even)
-    return jax.tree.map(_interleave, lead, other)
+    if count % 2 or count == 0 or levels == 0:
+        return down(up(maps, then, reverse=reverse, levels=levels), start, apply, reverse=reverse, walk=walk)
+    rest, last = take(maps, slice(1, None) if reverse else slice(None, -1)), take(maps, slice(None, 1) if reverse else slice(-1, None))
+    values = down(up(rest, then, reverse=reverse, levels=levels), start, apply, reverse=reverse, walk=walk)
+    end = apply(last, take(values, slice(None, 1) if reverse else slice(-1, None)))
+    return jax.tree.map(lambda v, e: _concat([e, v] if reverse else [v, e]), values, end)
 
 
 def _interleave(lead, other):
     """lead[0], other[0], lead[1], …; `lead` may be longer by one."""
     xp, common = lead.__array_namespace__(), other.shape[0]
     woven = xp.reshape(xp.stack([lead[:common], other], axis=1), (2 * common, *lead.shape[1:]))
-    return woven if lead.shape[0] == common else xp.concat([woven, lead[common:]], axis=0)
+    return woven if lead.shape[0] == common else _concat([woven, lead[common:]])
 
 
 def associative(maps: Maps, start: Value, apply: Apply, then: Then, *, reverse: bool = False) -> Value:
@@ -111,6 +137,109 @@ def associative(maps: Maps, start: Value, apply: Apply, then: Then, *, reverse: 
         return walk(maps, start, apply, reverse=reverse)
     prefixes = lax.associative_scan(lambda earlier, later: then(later, earlier), maps, reverse=reverse)
     return apply(prefixes, jax.tree.map(lambda s: s[None], start))
+
+
+class Stack(NamedTuple):
+    """Equal maps of a chain whose maps differ elsewhere.
+
+    count: how many.
+    form: () -> the maps, with leading axis `count`.
+    cross: value entering -> values leaving each of them (leading axis `count`), without forming anything; None if there is no such way.
+    """
+
+    count: int
+    form: Callable[[], Maps]
+    cross: Callable[[Value], Value] | None = None
+
+
+def ordered(stacks: Sequence[Stack], tree: Node, start: Value, apply: Apply, then: Then, *, reverse: bool = False) -> list[Value]:
+    """The values leaving each map of every stack, by a tree from `parscan.order`.
+
+    Args:
+        stacks: in the order of travel; `reverse` travels each from its last entry to its first.
+        tree: over units of them, in the order of travel.
+    """
+    return _Ordered(stacks, apply, then, reverse).values(tree, start)
+
+
+class _Ordered:
+    """Maps are formed, and products taken, when somebody first asks for them."""
+
+    def __init__(self, stacks: Sequence[Stack], apply: Apply, then: Then, reverse: bool):
+        self.stacks, self.apply, self.then, self.reverse = stacks, apply, then, reverse
+        self.formed: dict[int, Maps] = {}
+        self.rounds: dict[Unit, list[Maps]] = {}
+        self.products: dict[Node, Maps] = {}
+        self.left: dict[Unit, Value] = {}
+
+    def maps(self, unit: Unit) -> Maps:
+        stack = self.stacks[unit.stack]
+        maps = self.formed[unit.stack] if unit.stack in self.formed else self.formed.setdefault(unit.stack, stack.form())
+        first, past = unit.first, unit.first + unit.count
+        return take(maps, slice(stack.count - past, stack.count - first) if self.reverse else slice(first, past))
+
+    def product(self, node: Node) -> Maps:
+        """The one map across a node."""
+        if node not in self.products:
+            if isinstance(node, Unit):
+                self.rounds[node] = up(self.maps(node), self.then, reverse=self.reverse, whole=True)
+                self.products[node] = take(self.rounds[node][-1], 0)
+            else:
+                self.products[node] = self.then(self.product(node.second), self.product(node.first))
+        return self.products[node]
+
+    def travel(self, node: Node, start: Value, end: Value | None = None) -> Value:
+        """Notes the values leaving each map of a node, and returns the last: `end`, if that is known."""
+        if isinstance(node, Unit):
+            self.left[node] = self.inside(node, start, end)
+            return take(self.left[node], 0 if self.reverse else -1)
+        if node.walked:
+            return self.travel(node.second, self.travel(node.first, start), end)
+        middle = self.apply(self.product(node.first), start)
+        self.travel(node.first, start, middle)
+        return self.travel(node.second, middle, end)
+
+    def inside(self, unit: Unit, start: Value, end: Value | None) -> Value:
+        stack = self.stacks[unit.stack]
+        if unit.count == 1 and end is not None:
+            return jax.tree.map(lambda e: e[None], end)
+        if unit in self.rounds:
+            return down(self.rounds[unit], start, self.apply, reverse=self.reverse)
+        if unit.count == stack.count == 1 and stack.cross is not None:
+            return stack.cross(start)
+        return tree(self.maps(unit), start, self.apply, self.then, reverse=self.reverse)
+
+    def values(self, root: Node, start: Value) -> list[Value]:
+        self.travel(root, start)
+        found = []
+        for place, stack in enumerate(self.stacks):
+            some = [self.left[unit] for unit in units(root) if unit.stack == place]
+            found.append(jax.tree.map(lambda *v: _concat(list(v[::-1] if self.reverse else v)), *some) if len(some) > 1 else some[0] if stack.count else None)
+        return found
+
+
+def fold(steps: Maps, *, size: int, identity: Callable[[int], Maps], extend: Then, reverse: bool = False, scan: Callable = lax.scan) -> Maps:
+    """The maps of chunks of `size` steps, which divides their number: all chunks at once, step by step; see `chunked`."""
+    chunks = length(steps) // size
+    return scan(lambda maps, step: (extend(step, maps), None), identity(chunks), _by_chunk(steps, size), reverse=reverse)[0]
+
+
+def unfold(steps: Maps, before: Value, *, size: int, cross: Apply, reverse: bool = False, scan: Callable = lax.scan) -> Value:
+    """The value leaving every step, from the one entering each chunk: all chunks at once, step by step."""
+    inside = _crossing(_by_chunk(steps, size), before, cross, reverse, scan)
+    return jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(length(steps), *x.shape[2:]), inside)
+
+
+def _by_chunk(steps: Maps, size: int) -> Maps:
+    return jax.tree.map(lambda x: x.reshape(x.shape[0] // size, size, *x.shape[1:]).swapaxes(0, 1), steps)
+
+
+def _crossing(steps: Maps, value: Value, cross: Apply, reverse: bool, scan: Callable) -> Value:
+    def step(value, one):
+        value = cross(one, value)
+        return value, value
+
+    return scan(step, value, steps, reverse=reverse)[1]
 
 
 def chunked(
@@ -134,32 +263,22 @@ def chunked(
         cross: (step, value) -> value; stacked steps or a single one.
         through: (chunk maps, start) -> the value leaving each chunk; a tree or a walk.
     """
-    count = length(steps)
-    chunks = count // size
-
-    def sweep(some, value):
-        def step(value, one):
-            value = cross(one, value)
-            return value, value
-
-        return scan(step, value, some, reverse=reverse)
-
-    rest = take(steps, slice(chunks * size, None))
-    if chunks == 0:
-        return sweep(rest, start)[1]
-    has_rest = chunks * size < count
+    whole = length(steps) // size * size
+    steps, rest = take(steps, slice(None, whole)), take(steps, slice(whole, None))
+    if whole == 0:
+        return _crossing(rest, start, cross, reverse, scan)
+    has_rest = length(rest) > 0
     if has_rest and reverse:  # the rest comes first in the journey
-        start, after_rest = sweep(rest, start)
-    by_chunk = jax.tree.map(lambda x: x[: chunks * size].reshape(chunks, size, *x.shape[1:]).swapaxes(0, 1), steps)
-    maps, _ = scan(lambda maps, step: (extend(step, maps), None), identity(chunks), by_chunk, reverse=reverse)
+        after_rest = _crossing(rest, start, cross, reverse, scan)
+        start = take(after_rest, 0)
+    maps = fold(steps, size=size, identity=identity, extend=extend, reverse=reverse, scan=scan)
     last_matters = has_rest and not reverse  # the journey's last chunk needs no map, unless the rest follows it
     if not last_matters:
         maps = take(maps, slice(1, None) if reverse else slice(None, -1))
     bounds = boundaries(start, through(maps, start), reverse)
-    inside = sweep(by_chunk, entering(bounds, reverse) if last_matters else bounds)[1]
-    values = jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(chunks * size, *x.shape[2:]), inside)
+    values = unfold(steps, entering(bounds, reverse) if last_matters else bounds, size=size, cross=cross, reverse=reverse, scan=scan)
     if not has_rest:
         return values
     if not reverse:
-        after_rest = sweep(rest, take(bounds, -1))[1]
-    return jax.tree.map(lambda v, r: v.__array_namespace__().concat([v, r], axis=0), values, after_rest)
+        after_rest = _crossing(rest, take(bounds, -1), cross, reverse, scan)
+    return jax.tree.map(lambda v, r: _concat([v, r]), values, after_rest)

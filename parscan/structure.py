@@ -1,12 +1,14 @@
 """The structure of a chain's Jacobians: what the user claims, what is proved, and the order of coordinates that shows it.
 
-A `Layout` is an order of the state's coordinates in which every Jacobian of the chain is block-diagonal: vectors of length
-n = blocks · width, block after block. Batch axes, heads and elementwise recurrences are all such blocks.
+A `Layout` is an order of a state's coordinates in which every Jacobian of the chain is block-diagonal: vectors of length
+n = blocks · width, block after block. Batch axes, heads and elementwise recurrences are all such blocks. Where layers change the
+state, every state between two of them has a layout of its own, with the same blocks, of another width; a block may have no coordinate there.
 """
 
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,6 +20,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from parscan.checks import describe, integer, is_inexact
+from parscan.jacobians import BlockDiagonal, Dense, Diagonal
 from parscan.jaxprs import Dependence, Program, dependence
 
 
@@ -69,7 +72,7 @@ def parse_structure(structure: Any) -> Claim | None:
 
 @dataclass(frozen=True)
 class Part:
-    """Leaves that share their blocks: leaf `leaves[i]`, its axes permuted by `orders[i]`, is (blocks, widths[i])."""
+    """Leaves that share their blocks: leaf `leaves[i]`, its axes permuted by `orders[i]`, is (blocks, widths[i]). There may be none."""
 
     leaves: tuple[int, ...]
     orders: tuple[tuple[int, ...], ...]
@@ -85,12 +88,13 @@ class Part:
 class Layout:
     """An order of coordinates: parts one after another, every block padded with zeros to the widest part's width.
 
-    shapes, dtypes: the leaves. `block_size` cuts the vector of all parts into blocks of that size instead (a claim in
-    raveled order, whose blocks may straddle leaves).
+    shapes, dtypes: the leaves. dtype: the one floating-point dtype in which vectors are held, at least float32. `block_size` cuts the
+    vector of all parts into blocks of that size instead (a claim in raveled order, whose blocks may straddle leaves).
     """
 
     shapes: tuple[tuple[int, ...], ...]
     dtypes: tuple[Any, ...]
+    dtype: Any
     parts: tuple[Part, ...]
     block_size: int | None = None
 
@@ -113,16 +117,12 @@ class Layout:
         """Length of a vector."""
         return self.blocks * self.width
 
-    @property
-    def dtype(self) -> Any:
-        """The one floating-point dtype in which vectors are held: at least float32."""
-        return jnp.dtype(jnp.float64 if any(jnp.dtype(d).itemsize == 8 for d in self.dtypes) else jnp.float32)
-
     def to_vector(self, leaves: Sequence[Array]) -> Array:
-        """State leaves (..., *shape) as vectors (..., n)."""
+        """State leaves (..., *shape) as vectors (..., n); at least one leaf."""
+        before = leaves[0].shape[: leaves[0].ndim - len(self.shapes[0])]
         pieces = []
         for part in self.parts:
-            columns = []
+            columns = [] if part.leaves else [jnp.zeros((*before, part.blocks, 0), self.dtype)]
             for leaf, order, width in zip(part.leaves, part.orders, part.widths, strict=True):
                 x = leaves[leaf]
                 lead = x.ndim - len(order)
@@ -151,45 +151,91 @@ class Layout:
         return leaves
 
 
+def kind_of(layouts: Sequence[Layout]) -> type[Any]:
+    """The kind of the Jacobians between states with these layouts."""
+    some = [layout for layout in layouts if layout.size]
+    return Diagonal if all(layout.width == 1 for layout in some) else Dense if all(layout.blocks == 1 for layout in some) else BlockDiagonal
+
+
+Steps = Sequence[tuple[Program, bool]]  # the layers of a chain; whether the layer is followed by its like, so that its states must share a layout
+
+
 def layout_of(program: Program, structure: Claim | None) -> Layout:
-    """The layout of a program's differentiable carry: proved, or as claimed.
+    """The layout of a recurrence's differentiable carry: proved, or as claimed; see `layouts_of`."""
+    return layouts_of([(program, True)], structure)[0]
+
+
+def layouts_of(steps: Steps, structure: Claim | None) -> list[Layout]:
+    """The layouts of a chain's differentiable states, one more than there are steps: proved, or as claimed.
 
     Raises:
         ValueError: the claim's size or axis does not fit the state.
     """
-    carry = [aval for aval in program.avals[1] if is_inexact(aval)]
-    shapes, dtypes = tuple(tuple(a.shape) for a in carry), tuple(a.dtype for a in carry)
+    states = _states(steps)
+    wide = any(jnp.dtype(a.dtype).itemsize == 8 for state in states for a in state)
+    dtype = jnp.dtype(jnp.float64 if wide else jnp.float32)
     if structure is None:
-        return Layout(shapes, dtypes, _proved(program))
-    if isinstance(structure, Blocks) and structure.axis is not None:
-        return Layout(shapes, dtypes, _claimed_axis(structure.axis, carry))
-    sizes = [math.prod(shape) for shape in shapes]
-    width = structure.size if isinstance(structure, Blocks) else 1 if structure == "diagonal" else max(sum(sizes), 1)
-    assert width is not None
-    if sum(sizes) % width:
-        raise ValueError(
-            f"`structure=Blocks(size={width})` does not fit: the state has {sum(sizes)} coordinates ({_listed(carry)}), not a multiple of {width}."
-        )
-    raveled = tuple(Part((i,), (tuple(range(len(shapes[i]))),), size, (1,)) for i, size in enumerate(sizes) if size)
-    return Layout(shapes, dtypes, raveled, width)
+        parts, sizes = _proved(tuple(steps)), [None] * len(states)
+    elif isinstance(structure, Blocks) and structure.axis is not None:
+        parts, sizes = _claimed_axis(structure.axis, states), [None] * len(states)
+    else:
+        parts, sizes = _claimed_size(structure, states)
+    return [
+        Layout(tuple(tuple(a.shape) for a in state), tuple(a.dtype for a in state), dtype, some, size)
+        for state, some, size in zip(states, parts, sizes, strict=True)
+    ]
+
+
+def _states(steps: Steps) -> list[list[Any]]:
+    """The floating-point leaves of every state."""
+    states = [program.avals[1] for program, _ in steps] + [steps[-1][0].out_avals[0]]
+    return [[aval for aval in state if is_inexact(aval)] for state in states]
 
 
 # --- claims ----------------------------------------------------------------------------------------------------------
 
 
-def _claimed_axis(axis: int, carry: Sequence[Any]) -> tuple[Part, ...]:
-    orders, sizes, widths = [], set(), []
-    for aval in carry:
-        rank = len(aval.shape)
-        if not -rank <= axis < rank:
-            raise ValueError(f"`structure=Blocks(axis={axis})` does not fit: every leaf of the state needs that axis; got {_listed(carry)}.")
-        place = axis % rank
-        orders.append((place, *(a for a in range(rank) if a != place)))
-        sizes.add(aval.shape[place])
-        widths.append(math.prod(aval.shape[:place] + aval.shape[place + 1 :]))
+def _claimed_axis(axis: int, states: Sequence[Sequence[Any]]) -> list[tuple[Part, ...]]:
+    sizes, found = set(), []
+    for state in states:
+        orders, widths = [], []
+        for aval in state:
+            rank = len(aval.shape)
+            if not -rank <= axis < rank:
+                raise ValueError(f"`structure=Blocks(axis={axis})` does not fit: every leaf of the state needs that axis; got {_listed(state)}.")
+            place = axis % rank
+            orders.append((place, *(a for a in range(rank) if a != place)))
+            sizes.add(aval.shape[place])
+            widths.append(math.prod(aval.shape[:place] + aval.shape[place + 1 :]))
+        found.append((tuple(range(len(state))), tuple(orders), tuple(widths)))
     if len(sizes) > 1:
-        raise ValueError(f"`structure=Blocks(axis={axis})` does not fit: that axis needs one length in every leaf of the state; got {_listed(carry)}.")
-    return (Part(tuple(range(len(carry))), tuple(orders), sizes.pop(), tuple(widths)),) if carry and 0 not in sizes else ()
+        got = "; ".join(dict.fromkeys(_listed(state) for state in states))
+        raise ValueError(f"`structure=Blocks(axis={axis})` does not fit: that axis needs one length in every leaf of the state; got {got}.")
+    blocks = sizes.pop() if sizes else 0
+    return [(Part(leaves, orders, blocks, widths),) if blocks else () for leaves, orders, widths in found]
+
+
+def _claimed_size(structure: Claim, states: Sequence[Sequence[Any]]) -> tuple[list[tuple[Part, ...]], list[int | None]]:
+    """Blocks in raveled order, and how wide they are in each state."""
+    totals = [sum(math.prod(a.shape) for a in state) for state in states]
+    if structure == "dense":
+        widths = totals
+    else:
+        width = structure.size if isinstance(structure, Blocks) else 1
+        assert width is not None
+        widths = [width if total else 0 for total in totals]
+        for state, total in zip(states, totals, strict=True):
+            if total % width:
+                raise ValueError(
+                    f"`structure=Blocks(size={width})` does not fit: the state has {total} coordinates ({_listed(state)}), not a multiple of {width}."
+                )
+        if len({total for total in totals if total}) > 1:
+            raise ValueError(
+                f"`structure={structure!r}` does not fit: it needs as many coordinates before as after every layer; got {', '.join(map(str, totals))}. "
+                "Use 'auto', 'dense' or parscan.Blocks(axis=...)."
+            )
+    raveled = [tuple(Part((i,), (tuple(range(len(a.shape))),), math.prod(a.shape), (1,)) for i, a in enumerate(state) if math.prod(a.shape)) for state in states]
+    return raveled, [width or None for width in widths]
 
 
 def _listed(carry: Sequence[Any]) -> str:
@@ -199,16 +245,56 @@ def _listed(carry: Sequence[Any]) -> str:
 # --- proof -----------------------------------------------------------------------------------------------------------
 
 
+Leaf = tuple[int, int]  # which state, which of its floating-point leaves
+
+
+@dataclass(frozen=True)
+class Component:
+    """Leaves, of any states, that influence one another; `groups`: for every axis along which nothing mixes, which axis of each leaf it is."""
+
+    members: tuple[Leaf, ...]
+    groups: tuple[dict[Leaf, int], ...]
+
+    def size(self, group: dict[Leaf, int], shapes: dict[Leaf, tuple[int, ...]]) -> int:
+        return shapes[self.members[0]][group[self.members[0]]]
+
+    def parts(self, groups: Sequence[dict[Leaf, int]], shapes: dict[Leaf, tuple[int, ...]], states: int) -> list[Part]:
+        """The component's part of each state, blocks being taken along these groups."""
+        blocks, found = math.prod(self.size(group, shapes) for group in groups), []
+        for state in range(states):
+            leaves = [leaf for leaf in self.members if leaf[0] == state]
+            orders, widths = [], []
+            for leaf in leaves:
+                lead = [group[leaf] for group in groups]
+                rest = [axis for axis in range(len(shapes[leaf])) if axis not in lead]
+                orders.append((*lead, *rest))
+                widths.append(math.prod(shapes[leaf][axis] for axis in rest))
+            found.append(Part(tuple(i for _, i in leaves), tuple(orders), blocks, tuple(widths)))
+        return found
+
+
 @functools.lru_cache(maxsize=256)
-def _proved(program: Program) -> tuple[Part, ...]:
-    """The parts and blocks that the jaxpr of the derivative proves, for every input."""
-    outs = _derivative_dependence(program)
-    shapes = [tuple(a.shape) for a in program.avals[1] if is_inexact(a)]
-    parts = [_part(members, shapes, outs) for members in _components(len(shapes), outs)]
-    return _merged([part for part in parts if part.blocks * part.width])
+def _proved(steps: Steps) -> list[tuple[Part, ...]]:
+    """The parts and blocks of every state that the jaxprs of the derivatives prove, for every input."""
+    place = [0]
+    for _, repeats in steps:
+        place.append(place[-1] + (not repeats))
+    states = _states(steps)
+    shapes = {(p, i): tuple(a.shape) for p, state in zip(place, states, strict=True) for i, a in enumerate(state)}
+    edges = [
+        ((place[r + 1], new), (place[r], old), dims)
+        for r, (program, _) in enumerate(steps)
+        for new, depends in enumerate(_derivative_dependence(program))
+        for old, dims in depends.items()
+    ]
+    components = [Component(tuple(some), _groups(some, shapes, edges)) for some in _components(list(shapes), edges)]
+    chosen = _merged(components, shapes, place[-1] + 1)
+    return [chosen[p] for p in place]
 
 
+@functools.lru_cache(maxsize=256)
 def _derivative_dependence(program: Program) -> list[Dependence]:
+    """Of every floating-point leaf of the new carry, on those of the old one."""
     consts, carry, x = program.avals
     floats = [i for i, aval in enumerate(carry) if is_inexact(aval)]
 
@@ -217,8 +303,7 @@ def _derivative_dependence(program: Program) -> list[Dependence]:
             full = list(carry)
             for i, value in zip(floats, some, strict=True):
                 full[i] = value
-            new = program(consts, full, x)[0]
-            return [new[i] for i in floats]
+            return [leaf for leaf in program(consts, full, x)[0] if is_inexact(leaf)]
 
         return jax.jvp(new_carry, ([carry[i] for i in floats],), (list(tangents),))[1]
 
@@ -226,18 +311,23 @@ def _derivative_dependence(program: Program) -> list[Dependence]:
     return dependence(closed, range(len(floats)))
 
 
-def active_leaves(program: Program, consts: Sequence[int], carry: Sequence[int], xs: Sequence[int]) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """The leaves of the carry and of y that have a derivative, given the leaves of consts, first carry and xs that have one.
+def active_leaves(
+    program: Program, repeats: bool, consts: Sequence[int], carry: Sequence[int], xs: Sequence[int]
+) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
+    """The leaves of the carry, of the new carry and of y that have a derivative, given the leaves of consts, first carry and xs that have one.
 
-    As `lax.scan` finds them: by following the derivative around the loop until nothing is added.
+    With `repeats` as `lax.scan` finds them: by following the derivative around the loop until nothing is added.
     """
-    before, count = len(program.avals[0]), program.num_carry
+    before = len(program.avals[0])
     influences = _influences(program)
-    active = {*consts, *(before + i for i in carry), *(before + count + i for i in xs)}
-    while new := {before + i for i in range(count) if influences[i] & active} - active:
-        active |= new
-    moving = tuple(i for i in range(count) if before + i in active)
-    return moving, tuple(i for i, inputs in enumerate(influences[count:]) if inputs & active)
+    active = {*consts, *(before + i for i in carry), *(before + program.num_carry + i for i in xs)}
+    if repeats:
+        while new := {before + i for i in range(program.num_carry) if influences[i] & active} - active:
+            active |= new
+    old = tuple(i for i in range(program.num_carry) if before + i in active)
+    reached = tuple(i for i, inputs in enumerate(influences) if inputs & active)
+    moving = old if repeats else tuple(i for i in reached if i < program.num_new)
+    return old, moving, tuple(i - program.num_new for i in reached if i >= program.num_new)
 
 
 @functools.lru_cache(maxsize=256)
@@ -263,63 +353,70 @@ def _influences(program: Program) -> list[frozenset[int]]:
     return [frozenset(floats[leaf] for leaf in next(found)) if is_inexact(aval) else frozenset() for aval in outs]
 
 
-def _components(count: int, outs: Sequence[Dependence]) -> list[list[int]]:
+Edge = tuple[Leaf, Leaf, tuple[int | None, ...]]  # a new leaf, an old one that it depends on, and where the axes of that one went
+
+
+def _components(leaves: list[Leaf], edges: Sequence[Edge]) -> list[list[Leaf]]:
     """Leaves that influence one another, directly or not."""
-    label = list(range(count))
-    for new, depends in enumerate(outs):
-        for old in depends:
-            a, b = label[new], label[old]
-            label = [min(a, b) if x in (a, b) else x for x in label]
-    return [[i for i in range(count) if label[i] == root] for root in sorted(set(label))]
+    label = {leaf: leaf for leaf in leaves}
+    for new, old, _ in edges:
+        a, b = label[new], label[old]
+        if a != b:
+            label = {leaf: min(a, b) if root in (a, b) else root for leaf, root in label.items()}
+    return [[leaf for leaf in leaves if label[leaf] == root] for root in sorted(set(label.values()))]
 
 
-def _part(members: list[int], shapes: Sequence[tuple[int, ...]], outs: Sequence[Dependence]) -> Part:
-    """The axes along which nothing in these leaves mixes become the blocks."""
-    first = members[0]
-    groups = [group for axis in range(len(shapes[first])) if (group := _group(first, axis, members, shapes, outs)) is not None]
-    blocks = math.prod(shapes[first][group[first]] for group in groups)
-    orders, widths = [], []
-    for leaf in members:
-        lead = [group[leaf] for group in groups]
-        rest = [axis for axis in range(len(shapes[leaf])) if axis not in lead]
-        orders.append((*lead, *rest))
-        widths.append(math.prod(shapes[leaf][axis] for axis in rest))
-    return Part(tuple(members), tuple(orders), blocks, tuple(widths))
+def _groups(members: list[Leaf], shapes: dict[Leaf, tuple[int, ...]], edges: Sequence[Edge]) -> tuple[dict[Leaf, int], ...]:
+    """The axes along which nothing in these leaves mixes."""
+    inside = [edge for edge in edges if edge[0] in members]
+    found = (_group(members, axis, shapes, inside) for axis in range(len(shapes[members[0]])))
+    return tuple(group for group in found if group is not None)
 
 
-def _group(first: int, axis: int, members: list[int], shapes: Sequence[tuple[int, ...]], outs: Sequence[Dependence]) -> dict[int, int] | None:
+def _group(members: list[Leaf], axis: int, shapes: dict[Leaf, tuple[int, ...]], edges: Sequence[Edge]) -> dict[Leaf, int] | None:
     """The axis of each leaf that corresponds to `axis` of the first leaf, if no dependence mixes along them."""
-    group, pending = {first: axis}, True
+    group, pending = {members[0]: axis}, True
     while pending:
         pending = False
-        for new in members:
-            for old, dims in outs[new].items():
-                moved = dims[group[old]] if old in group else None
-                if new not in group and moved is not None:  # not `MIXED`
-                    group[new], pending = moved, True
-                if new in group and old not in group and group[new] in dims:
-                    group[old], pending = dims.index(group[new]), True
+        for new, old, dims in edges:
+            moved = dims[group[old]] if old in group else None
+            if new not in group and moved is not None:  # not `MIXED`
+                group[new], pending = moved, True
+            if new in group and old not in group and group[new] in dims:
+                group[old], pending = dims.index(group[new]), True
     if set(group) != set(members):
         return None
-    kept = all(dims[group[old]] == group[new] for new in members for old, dims in outs[new].items())
+    kept = all(dims[group[old]] == group[new] for new, old, dims in edges)
     equal = len({shapes[leaf][a] for leaf, a in group.items()}) == 1
     return group if kept and equal else None
 
 
-def _merged(parts: list[Part]) -> tuple[Part, ...]:
-    """Parts side by side, or joined into wider blocks where padding every block to the widest would cost more."""
-    if len(parts) <= 1:
-        return tuple(parts)
-    cost: dict[tuple[Part, ...], int] = {tuple(parts): sum(part.blocks for part in parts) * max(part.width for part in parts) ** 2}
-    if len({part.blocks for part in parts}) == 1:
-        joined = _joined(parts, parts[0].blocks, [part.widths for part in parts])
-        cost[(joined,)] = joined.blocks * joined.width**2
-    dense = _joined(parts, 1, [tuple(part.blocks * width for width in part.widths) for part in parts])
-    cost[(dense,)] = dense.width**2
-    return min(cost, key=cost.__getitem__)
+def _merged(components: Sequence[Component], shapes: dict[Leaf, tuple[int, ...]], states: int) -> list[tuple[Part, ...]]:
+    """For every state: the components side by side, every block as wide as the widest, or joined into wider blocks, whatever costs less."""
+    components = [c for c in components if any(0 not in shapes[leaf] for leaf in c.members)]
+    choices = []  # for each component: blocks -> parts
+    for component in components:
+        subsets = (some for count in range(len(component.groups), -1, -1) for some in itertools.combinations(component.groups, count))
+        choices.append({})
+        for some in subsets:
+            choices[-1].setdefault(math.prod(component.size(group, shapes) for group in some), component.parts(some, shapes, states))
+    if not components:
+        return [()] * states
+    apart = [next(iter(choice.values())) for choice in choices]  # along all groups
+    tried = [[tuple(parts[state] for parts in apart) for state in range(states)]]
+    for blocks in sorted(set.intersection(*(set(choice) for choice in choices)), reverse=True) if len(choices) > 1 else ():
+        tried.append([(_joined([choice[blocks][state] for choice in choices]),) for state in range(states)])
+    return min(tried, key=_cost)
 
 
-def _joined(parts: list[Part], blocks: int, widths: list[tuple[int, ...]]) -> Part:
+def _cost(states: Sequence[tuple[Part, ...]]) -> int:
+    """Numbers in the Jacobians of one layer each."""
+    widths = [max(part.width for part in parts) for parts in states]
+    blocks = sum(part.blocks for part in states[0])
+    return sum(blocks * a * b for a, b in zip(widths, widths[1:] or widths, strict=False))
+
+
+def _joined(parts: list[Part]) -> Part:
     leaves = tuple(leaf for part in parts for leaf in part.leaves)
     orders = tuple(order for part in parts for order in part.orders)
-    return Part(leaves, orders, blocks, tuple(width for some in widths for width in some))
+    return Part(leaves, orders, parts[0].blocks, tuple(width for part in parts for width in part.widths))

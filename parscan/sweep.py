@@ -8,51 +8,80 @@ action on a vector; whether it is ever written down, and for how many steps at o
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from parscan import affine, exponents, prefix
+from parscan import affine, exponents, order, prefix
 from parscan.affine import Affine
-from parscan.jacobians import Jacobian, basis, kind_of
+from parscan.jacobians import Jacobian, basis
 from parscan.methods import Associative, Chunked, Method, Sequential, Tree, Walk
 
 
 class Chain(NamedTuple):
-    """L linear maps on vectors of length n = blocks · width.
+    """L linear maps of one program, on vectors of length blocks · width.
 
-    crossing: () -> (data with leading axis L, map of (one entry of data, vector (n,)) to vector (n,)).
+    crossing: () -> (data with leading axis L, map of (one entry of data, vector (n,)) to vector (p,)).
     forming: () -> (data with leading axis L, map of stacked entries of data to their Jacobians, stacked).
+    widths: of a vector before and after a map, in the direction of travel; they differ only if L is 1.
+    kind: that of the Jacobians.
     """
 
     crossing: Callable[[], tuple[Any, Callable[[Any, Array], Array]]]
     forming: Callable[[], tuple[Any, Callable[[Any], Jacobian]]]
     blocks: int
-    width: int
+    widths: tuple[int, int]
+    kind: type[Any]
 
 
-def sweep(chain: Chain, start: Array, offsets: Array, method: Method, *, reverse: bool) -> Array:
-    """The vector that leaves each map.
+def sweep(chains: Sequence[Chain], start: Array, offsets: Sequence[Array], method: Method, *, reverse: bool) -> list[Array]:
+    """The vector that leaves each map of every chain, one chain being entered with what leaves the one before.
 
     Args:
-        chain: the maps, in the order of their index.
+        chains: the maps, in the order of their index.
         start: vector entering the first map of the journey, (n,).
-        offsets: b_i, (L, n).
+        offsets: b_i of every chain, (L, p).
         method: any but `Lax`, which has no journey of its own; sizes chosen.
-        reverse: travel from index L - 1 down to 0.
+        reverse: travel from the last chain's last map down to the first chain's first.
 
     Returns:
-        (L, n), entry i being what leaves map i.
+        (L, p) for every chain, entry i being what leaves map i.
     """
-    if offsets.shape[0] == 0 or start.shape[0] == 0:
-        return offsets
+    journey = list(zip(chains, offsets, strict=True))[:: -1 if reverse else 1]
+    values: list[Array] = []
+    while journey:
+        if _is_constant(*journey[0]):  # nothing travels through: what leaves it is its offset
+            values.append(journey.pop(0)[1])
+        else:
+            count = next((i for i, some in enumerate(journey) if _is_constant(*some)), len(journey))
+            values.extend(_swept(journey[:count], start, method, reverse))
+            journey = journey[count:]
+        start = values[-1][0 if reverse else -1] if values[-1].shape[0] else start
+    return values[:: -1 if reverse else 1]
+
+
+def _is_constant(chain: Chain, offsets: Array) -> bool:
+    return 0 in (offsets.shape[0], chain.blocks, *chain.widths)
+
+
+def _swept(journey: list[tuple[Chain, Array]], start: Array, method: Method, reverse: bool) -> list[Array]:
+    """Chains in the order of travel, each of which has maps and coordinates."""
+    if len(journey) > 1 and not isinstance(method, (Sequential, Walk)):
+        return _through_order(journey, start, method, reverse)
+    values = []
+    for chain, offsets in journey:
+        values.append(_through_one(chain, start, offsets, method, reverse))
+        start = values[-1][0 if reverse else -1]
+    return values
+
+
+def _through_one(chain: Chain, start: Array, offsets: Array, method: Method, reverse: bool) -> Array:
     match method:
-        case Sequential():
-            data, cross = chain.crossing()
-            return prefix.walk((data, offsets), start, lambda step, v: cross(step[0], v) + step[1], reverse=reverse)
+        case Sequential() | Walk() if isinstance(method, Sequential) or offsets.shape[0] == 1:
+            return _crossed(chain, start, offsets, reverse)
         case Walk(segment=segment):
             return _walk(chain, start, offsets, segment or offsets.shape[0], reverse)
         case Tree():
@@ -62,6 +91,76 @@ def sweep(chain: Chain, start: Array, offsets: Array, method: Method, *, reverse
         case Chunked(size=size, levels=levels):
             return _chunked(chain, start, offsets, size or 1, levels, reverse)
     raise TypeError(f"no journey by {method!r}")
+
+
+def _through_order(journey: list[tuple[Chain, Array]], start: Array, method: Method, reverse: bool) -> list[Array]:
+    """Chains of several widths by a tree over all their maps, or over those of their chunks, in the order that takes the least arithmetic."""
+    size = method.size or 1 if isinstance(method, Chunked) else 1
+    folded = [Folded(chain, offsets, size, reverse) for chain, offsets in journey]
+    stacks = [stack for one in folded for stack in one.stacks()]
+    widths = [chain.widths[0] for chain, one in zip([c for c, _ in journey], folded, strict=True) for _ in one.stacks()] + [journey[-1][0].widths[1]]
+    found = order.ordered(tuple(stack.count for stack in stacks), tuple(widths), journey[0][0].blocks)
+    assert found.tree is not None
+    left = iter(prefix.ordered(stacks, found.tree, start, affine.apply, affine.then, reverse=reverse))
+    values = []
+    for one in folded:
+        values.append(one.unfolded(start, [next(left) for _ in one.stacks()]))
+        start = values[-1][0 if reverse else -1]
+    return values
+
+
+class Folded:
+    """A chain of equal maps as stacks for a tree: its maps, or those of its chunks, the chunk that is shorter apart.
+
+    The shorter chunk stands at the end of the chain by index, whichever way the journey goes.
+    """
+
+    def __init__(self, chain: Chain, offsets: Array, size: int, reverse: bool):
+        self.chain, self.reverse, count = chain, reverse, offsets.shape[0]
+        self.size = min(size, count)
+        whole = count // self.size * self.size
+        self.bounds = [bounds for bounds in ((0, whole), (whole, count)) if bounds[0] < bounds[1]][:: -1 if reverse else 1]
+        self.offsets = offsets
+
+    def stacks(self) -> list[prefix.Stack]:
+        return [self._stack(lo, hi) for lo, hi in self.bounds]
+
+    def _part(self, lo: int, hi: int) -> tuple[Chain, Array]:
+        """Steps lo … hi - 1, as a chain of its own."""
+        chain = self.chain
+        if (lo, hi) == (0, self.offsets.shape[0]):
+            return chain, self.offsets
+
+        def cut(some):
+            data, f = some
+            return prefix.take(data, slice(lo, hi)), f
+
+        return chain._replace(crossing=lambda: cut(chain.crossing()), forming=lambda: cut(chain.forming())), self.offsets[lo:hi]
+
+    def _stack(self, lo: int, hi: int) -> prefix.Stack:
+        chain, offsets = self._part(lo, hi)
+        size = min(self.size, hi - lo)
+        if size == 1:
+            cross = (lambda start: _crossed(chain, start, offsets, self.reverse)) if hi - lo == 1 else None
+            return prefix.Stack(hi - lo, lambda: affine.scaled(_formed(chain, offsets)), cross)
+        return prefix.Stack((hi - lo) // size, lambda: _fold(chain, offsets, size, self.reverse), None)
+
+    def unfolded(self, start: Array, left: list[Array]) -> Array:
+        """The vectors leaving every step, from those leaving every map of the stacks."""
+        found = []
+        for (lo, hi), values in zip(self.bounds, left, strict=True):
+            size = min(self.size, hi - lo)
+            found.append(values if size == 1 else _unfold(*self._part(lo, hi), size, start, values, self.reverse))
+            start = found[-1][0 if self.reverse else -1]
+        return jnp.concatenate(found[:: -1 if self.reverse else 1])
+
+
+def _crossed(chain: Chain, start: Array, offsets: Array, reverse: bool) -> Array:
+    """One map after another, none of them formed."""
+    data, cross = chain.crossing()
+    if offsets.shape[0] == 1:
+        return (cross(prefix.take(data, 0), start) + offsets[0])[None]
+    return prefix.walk((data, offsets), start, lambda step, v: cross(step[0], v) + step[1], reverse=reverse)
 
 
 def _formed(chain: Chain, offsets: Array) -> Affine:
@@ -94,31 +193,53 @@ def _walk(chain: Chain, start: Array, offsets: Array, segment: int, reverse: boo
 
 
 def _chunked(chain: Chain, start: Array, offsets: Array, size: int, levels: int | None, reverse: bool) -> Array:
-    """fold -> scan -> unfold. A chunk's map grows by pushing its columns through the next step, rescaled every time."""
-    data, one = chain.crossing()
-    blocks, width = chain.blocks, chain.width
-    kind = kind_of(blocks, width)
-
-    def identity(chunks: int) -> Affine:
-        columns = jnp.broadcast_to(basis(blocks, width, offsets.dtype), (chunks, width, blocks * width))
-        zeros = jnp.zeros((chunks, blocks * width), offsets.dtype)
-        return Affine(_Columns(columns), jnp.zeros((chunks, blocks * width), jnp.int32), zeros)
-
-    def extend(step, maps):
-        data, offset = step
-        columns = jax.vmap(jax.vmap(one, (None, 0)))(data, maps.matrix.columns)
-        matrix, exponent = affine.renormalised(_Columns(columns), maps.exponent)
-        return Affine(matrix, exponent, jax.vmap(one)(data, maps.offset) + offset)
-
-    def cross(step, vector):
-        data, offset = step
-        return (jax.vmap(one) if offset.ndim == 2 else one)(data, vector) + offset
+    """fold -> scan -> unfold."""
+    fold = Fold(chain, offsets.dtype)
 
     def through(maps, start):
-        explicit = Affine(kind.from_columns(maps.matrix.columns), maps.exponent, maps.offset)
-        return prefix.tree(explicit, start, affine.apply, affine.then, reverse=reverse, levels=levels)
+        return prefix.tree(fold.explicit(maps), start, affine.apply, affine.then, reverse=reverse, levels=levels)
 
-    return prefix.chunked((data, offsets), start, size=size, identity=identity, extend=extend, cross=cross, through=through, reverse=reverse)
+    steps = (fold.data, offsets)
+    return prefix.chunked(steps, start, size=size, identity=fold.identity, extend=fold.extend, cross=fold.cross, through=through, reverse=reverse)
+
+
+def _fold(chain: Chain, offsets: Array, size: int, reverse: bool) -> Affine:
+    """The maps of chunks of `size` steps, which divides the chain's length."""
+    fold = Fold(chain, offsets.dtype)
+    return fold.explicit(prefix.fold((fold.data, offsets), size=size, identity=fold.identity, extend=fold.extend, reverse=reverse))
+
+
+def _unfold(chain: Chain, offsets: Array, size: int, start: Array, left: Array, reverse: bool) -> Array:
+    """The vectors inside chunks, from those leaving each."""
+    fold = Fold(chain, offsets.dtype)
+    before = prefix.entering(prefix.boundaries(start, left, reverse), reverse)
+    return prefix.unfold((fold.data, offsets), before, size=size, cross=fold.cross, reverse=reverse)
+
+
+class Fold:
+    """How a chunk's map grows: its columns are pushed through the next step, and rescaled every time. The chain's maps are square."""
+
+    def __init__(self, chain: Chain, dtype: Any):
+        self.data, self.one = chain.crossing()
+        self.blocks, self.width, self.kind, self.dtype = chain.blocks, chain.widths[0], chain.kind, dtype
+
+    def identity(self, chunks: int) -> Affine:
+        n = self.blocks * self.width
+        columns = jnp.broadcast_to(basis(self.blocks, self.width, self.dtype), (chunks, self.width, n))
+        return Affine(_Columns(columns), jnp.zeros((chunks, n), jnp.int32), jnp.zeros((chunks, n), self.dtype))
+
+    def extend(self, step: tuple[Any, Array], maps: Affine) -> Affine:
+        data, offset = step
+        columns = jax.vmap(jax.vmap(self.one, (None, 0)))(data, maps.matrix.columns)
+        matrix, exponent = affine.renormalised(_Columns(columns), maps.exponent)
+        return Affine(matrix, exponent, jax.vmap(self.one)(data, maps.offset) + offset)
+
+    def cross(self, step: tuple[Any, Array], vector: Array) -> Array:
+        data, offset = step
+        return (jax.vmap(self.one) if offset.ndim == 2 else self.one)(data, vector) + offset
+
+    def explicit(self, maps: Affine) -> Affine:
+        return Affine(self.kind.from_columns(maps.matrix.columns, self.blocks), maps.exponent, maps.offset)
 
 
 @jax.tree_util.register_pytree_node_class

@@ -1,6 +1,6 @@
-"""The derivative of a whole recurrence as one linear system, solved in parallel in both directions.
+"""The derivative of a whole chain as one linear system, solved in parallel in both directions.
 
-Linearised at its stored states, a recurrence h_i, y_i = f(θ, h_{i-1}, x_i) maps tangents (θ', x', h_0') to
+Linearised at its stored states, a chain h_i, y_i = f_i(θ, h_{i-1}, x_i) maps tangents (θ', x', h_0') to
 
     h_i' = J_i h_{i-1}' + B_i (θ', x_i'),      y_i' = C_i h_{i-1}' + D_i (θ', x_i').
 
@@ -9,11 +9,13 @@ neighbour only. `lax.custom_linear_solve` is told A, how to solve with it (tange
 transpose (cotangents: `sweep` against it, then one batched pull-back to θ and x). JAX then knows everything else: jvp, transpose,
 batching, and every higher derivative, since the derivative of a solve is a solve with the same A. Nothing of the sweeps is
 ever differentiated, no Jacobian is kept from the forward pass, and each direction scales its matrices on its own side.
+
+A chain is a sequence of *runs*: a recurrence is one run of equal steps, a network of different layers has several, some of a single layer.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -23,15 +25,15 @@ from jax import Array, lax
 
 from parscan import prefix
 from parscan.checks import is_inexact
-from parscan.jacobians import basis, kind_of
-from parscan.jaxprs import Program, contracted, flops, staged
+from parscan.jacobians import basis
+from parscan.jaxprs import Program, contracted, flops, masks_nothing, staged
 from parscan.methods import Method
-from parscan.structure import Layout
+from parscan.structure import Layout, kind_of
 from parscan.sweep import Chain, sweep
 
 
-class Unknowns(NamedTuple):
-    """U, and likewise its cotangents, for the active leaves: constants, inputs (leading axis L), states (L + 1), outputs (L).
+class RunUnknowns(NamedTuple):
+    """One run's share of U, for its active leaves: constants, inputs (leading axis L), states leaving each step (L), outputs (L).
 
     States are leaves, not vectors: A touches no coordinate that the step itself does not, so structure stays visible through it.
     """
@@ -42,13 +44,18 @@ class Unknowns(NamedTuple):
     ys: list[Array]
 
 
+class Unknowns(NamedTuple):
+    """U, and likewise its cotangents: the state entering the chain, then every run."""
+
+    start: list[Array]
+    runs: list[RunUnknowns]
+
+
 class Linearised(NamedTuple):
-    """A recurrence at its stored states, and what of it is differentiated.
+    """A run of equal steps at its stored states, and what of it is differentiated.
 
     program: the step; its carry leaves that are not floating-point are constants here.
-    layout: coordinates of the differentiable carry.
-    method: how to travel; sizes chosen.
-    reverse: the recurrence runs from the last step to the first.
+    before, after: coordinates of the differentiable states entering and leaving it.
     consts, xs: all of them, xs with leading axis L.
     states: the carry entering each step, leading axis L.
     active_consts, active_states, active_xs, active_ys: positions of the leaves that take part. A floating-point leaf of the carry
@@ -56,9 +63,8 @@ class Linearised(NamedTuple):
     """
 
     program: Program
-    layout: Layout
-    method: Method
-    reverse: bool
+    before: Layout
+    after: Layout
     consts: Sequence[Any]
     xs: Sequence[Any]
     states: Sequence[Any]
@@ -66,6 +72,7 @@ class Linearised(NamedTuple):
     active_states: tuple[int, ...]
     active_xs: tuple[int, ...]
     active_ys: tuple[int, ...]
+    count: int  # L
 
     @property
     def _floats(self) -> tuple[int, ...]:
@@ -76,7 +83,7 @@ class Linearised(NamedTuple):
         states, xs = data
         moving = [value for i, value in zip(self._floats, state, strict=True) if i in self.active_states]
         new, ys = self.program(_filled(self.consts, self.active_consts, consts), _filled(states, self.active_states, moving), _filled(xs, self.active_xs, x))
-        return [new[i] for i in self._floats], [ys[i] for i in self.active_ys]
+        return [leaf for leaf in new if is_inexact(leaf)], [ys[i] for i in self.active_ys]
 
     @property
     def data(self) -> tuple[list[Any], list[Any]]:
@@ -93,35 +100,41 @@ class Linearised(NamedTuple):
     def push(self, data: Any, vector: Array) -> Array:
         """J v for one step, in the coordinates of the layout."""
         consts, state, x = self.at(data)
-        _, out = jax.jvp(lambda s: self.step(data, consts, s, x)[0], (state,), (self.layout.from_vector(vector),))
-        return self.layout.to_vector(out)
+        _, out = jax.jvp(lambda s: self.step(data, consts, s, x)[0], (state,), (self.before.from_vector(vector),))
+        return self.after.to_vector(out)
 
     def pull(self, data: Any, vector: Array) -> Array:
         """Jᵀ g for one step, in the coordinates of the layout."""
         consts, state, x = self.at(data)
         _, back = jax.vjp(lambda s: self.step(data, consts, s, x)[0], state)
-        return self.layout.to_vector(back(self.layout.from_vector(vector))[0])
+        return self.before.to_vector(back(self.after.from_vector(vector))[0])
 
-    def chain(self, *, transposed: bool) -> Chain:
+    def chain(self, kind: type[Any], *, transposed: bool) -> Chain:
         """The steps as linear maps: their Jacobians, or the transposes."""
-        layout = self.layout
-        kind, columns = kind_of(layout.blocks, layout.width), basis(layout.blocks, layout.width, layout.dtype)
-        vector = jax.ShapeDtypeStruct((layout.size,), layout.dtype)
+        blocks, ends = self.before.blocks, (self.before, self.after)
 
         def crossing(transposed):
-            return staged(self.pull if transposed else self.push, self.data, vector)
+            entering = ends[transposed]
+            return staged(self.pull if transposed else self.push, self.data, jax.ShapeDtypeStruct((entering.size,), entering.dtype))
 
         def forming(transposed):
             data, linear = crossing(transposed)
-            return data, lambda data: kind.from_columns(jax.vmap(jax.vmap(linear, (None, 0)), (0, None))(data, columns))
+            columns = basis(blocks, ends[transposed].width, ends[0].dtype)
+            return data, lambda data: kind.from_columns(jax.vmap(jax.vmap(linear, (None, 0)), (0, None))(data, columns), blocks)
 
         def cheaper():
-            """Rows or columns: a weight meets the basis before it meets anything of the step from one side only, and then once for all."""
-            ways = [(way, *forming(way)) for way in (transposed, not transposed)]
+            """Rows or columns: a weight meets the basis before it meets anything of the step from one side only, and then once for all.
+
+            From the other side only where nothing is masked: what a mask keeps out on the way there, 0 · inf, it lets in on the way back.
+            """
+            ways = [(transposed, *forming(transposed))]
+            if masks_nothing(jax.make_jaxpr(ways[0][2])(ways[0][1])):
+                ways.append((not transposed, *forming(not transposed)))
             way, data, form = min(ways, key=lambda way: flops(jax.make_jaxpr(way[2])(way[1])))
             return data, form if way == transposed else lambda data: form(data).transpose()
 
-        return Chain(lambda: crossing(transposed), cheaper, layout.blocks, layout.width)
+        widths = (self.before.width, self.after.width)
+        return Chain(lambda: crossing(transposed), cheaper, blocks, widths[:: -1 if transposed else 1], kind)
 
     # --- all steps ----------------------------------------------------------------------------------------------------
 
@@ -174,16 +187,45 @@ def _filled(leaves: Sequence[Any], places: Sequence[int], values: Sequence[Any])
     return full
 
 
-# --- the system --------------------------------------------------------------------------------------------------------
+class System(NamedTuple):
+    """A chain of runs.
+
+    method: how to travel; sizes chosen. reverse: the recurrence runs from the last step to the first; only a single run does.
+    """
+
+    runs: Sequence[Linearised]
+    method: Method
+    reverse: bool = False
+
+    def chains(self, *, transposed: bool) -> list[Chain]:
+        """The runs as linear maps."""
+        kind = kind_of([layout for run in self.runs for layout in (run.before, run.after)])
+        return [run.chain(kind, transposed=transposed) for run in self.runs]
+
+    def entering(self, u: Unknowns) -> Iterator[list[Array]]:
+        """Of each run, the states entering every step, leading axis L."""
+        start = u.start
+        for run, some in zip(self.runs, u.runs, strict=True):
+            entering, start = _handed_on(start, some.states, run.count, self.reverse)
+            yield entering
 
 
-def _apply(at: Linearised, u: Unknowns) -> Unknowns:
+def _handed_on(start: list[Array], leaving: list[Array], count: int, reverse: bool) -> tuple[list[Array], list[Array]]:
+    """Of a run, what enters each step (leading axis L) and what leaves the last, from what enters the first and what leaves each."""
+    if count == 1:  # a single layer may change the shapes
+        return [s[None] for s in start], [v[0] for v in leaving]
+    bounds = prefix.boundaries(start, leaving, reverse)
+    return prefix.entering(bounds, reverse), prefix.first(bounds, not reverse)
+
+
+def _apply(at: System, u: Unknowns) -> Unknowns:
     """A U."""
-    entering, leaving = prefix.entering(u.states, at.reverse), prefix.leaving(u.states, at.reverse)
-    new, ys = at.push_all(u.consts, entering, u.xs)
-    states = prefix.boundaries(prefix.first(u.states, at.reverse), jax.tree.map(jnp.subtract, leaving, new), at.reverse)
-    out = Unknowns(u.consts, u.xs, states, [a - b for a, b in zip(u.ys, ys, strict=True)])
-    return _tied(out, nothing(u) * nothing([at.consts, at.xs, at.states]))
+    runs = []
+    for run, some, entering in zip(at.runs, u.runs, at.entering(u), strict=True):
+        new, ys = run.push_all(some.consts, entering, some.xs)
+        states = jax.tree.map(jnp.subtract, some.states, new)
+        runs.append(some._replace(states=states, ys=jax.tree.map(jnp.subtract, some.ys, ys)))
+    return _tied(Unknowns(u.start, runs), nothing(u) * nothing([(run.consts, run.xs, run.states) for run in at.runs]))
 
 
 def nothing(tree: Any) -> Array:
@@ -201,47 +243,58 @@ def _tied(u: Unknowns, nothing: Array) -> Unknowns:
     return jax.tree.map(lambda leaf: leaf + nothing.astype(leaf.dtype), u)
 
 
-def solve(at: Linearised, r: Unknowns) -> Unknowns:
+def solve(at: System, r: Unknowns) -> Unknowns:
     """A⁻¹ r: tangents, along the chain."""
-    offsets = prefix.leaving(r.states, at.reverse)
-    if at.active_consts or at.active_xs:
-        offsets = jax.tree.map(jnp.add, offsets, at.push_inputs(r.consts, r.xs))
-    states = _swept(at, prefix.first(r.states, at.reverse), offsets, transposed=False)
-    ys = r.ys
-    if at.active_ys:
-        made = at.push_all(r.consts, prefix.entering(states, at.reverse), r.xs)[1]
-        ys = jax.tree.map(jnp.add, ys, made)
-    return Unknowns(r.consts, r.xs, states, ys)
+    offsets = []
+    for run, some in zip(at.runs, r.runs, strict=True):
+        given = bool(run.active_consts or run.active_xs)
+        offsets.append(jax.tree.map(jnp.add, some.states, run.push_inputs(some.consts, some.xs)) if given else some.states)
+    swept = _swept(at, r.start, offsets, transposed=False)
+    solved = Unknowns(r.start, [some._replace(states=states) for some, states in zip(r.runs, swept, strict=True)])
+    runs = []
+    for run, some, entering in zip(at.runs, solved.runs, at.entering(solved), strict=True):
+        made = run.push_all(some.consts, entering, some.xs)[1] if run.active_ys else []
+        runs.append(some._replace(ys=jax.tree.map(jnp.add, some.ys, made) if made else some.ys))
+    return Unknowns(r.start, runs)
 
 
-def solve_transposed(at: Linearised, c: Unknowns) -> Unknowns:
+def solve_transposed(at: System, c: Unknowns) -> Unknowns:
     """A⁻ᵀ c: cotangents, against the chain, then one batched pull-back to constants and inputs."""
-    offsets = prefix.entering(c.states, at.reverse)
-    if at.active_ys:
-        offsets = jax.tree.map(jnp.add, offsets, at.pull_outputs(c.ys))
-    states = _swept(at, prefix.first(c.states, not at.reverse), offsets, transposed=True)
-    consts, xs = c.consts, c.xs
-    if at.active_consts or at.active_xs:
-        to_consts, to_xs = at.pull_inputs(prefix.leaving(states, at.reverse), c.ys)
-        consts, xs = jax.tree.map(jnp.add, consts, to_consts), jax.tree.map(jnp.add, xs, to_xs)
-    return Unknowns(consts, xs, states, c.ys)
+    offsets, end = [], c.start
+    for run, some, entering in zip(at.runs, c.runs, at.entering(c), strict=True):
+        offsets.append(jax.tree.map(jnp.add, entering, run.pull_outputs(some.ys)) if run.active_ys else entering)
+        end = prefix.first(some.states, not at.reverse) if run.count else end
+    swept, runs = _swept(at, end, offsets, transposed=True), []
+    for run, some, values in reversed(list(zip(at.runs, c.runs, swept, strict=True))):
+        leaving, end = _handed_on(end, values, run.count, not at.reverse)
+        consts, xs = some.consts, some.xs
+        if run.active_consts or run.active_xs:
+            to_consts, to_xs = run.pull_inputs(leaving, some.ys)
+            consts, xs = jax.tree.map(jnp.add, consts, to_consts), jax.tree.map(jnp.add, xs, to_xs)
+        runs.append(RunUnknowns(consts, xs, leaving, some.ys))
+    return Unknowns(end, runs[::-1])
 
 
-def _swept(at: Linearised, start: list[Array], offsets: list[Array], *, transposed: bool) -> list[Array]:
-    """The journey's L + 1 boundary values, in the coordinates of the layout and back."""
-    back, layout = at.reverse != transposed, at.layout
-    if layout.size == 0:
-        return prefix.boundaries(start, offsets, back)
-    values = sweep(at.chain(transposed=transposed), layout.to_vector(start), layout.to_vector(offsets), at.method, reverse=back)
-    return prefix.boundaries(start, layout.from_vector(values), back)
+def _swept(at: System, start: list[Array], offsets: list[list[Array]], *, transposed: bool) -> list[list[Array]]:
+    """What leaves each map of the journey, in the coordinates of the layouts and back."""
+    ends = [(run.after, run.before) if transposed else (run.before, run.after) for run in at.runs]
+    first = ends[-1 if transposed else 0][0]
+    vectors = [_vectors(after, some, run.count) for (_, after), some, run in zip(ends, offsets, at.runs, strict=True)]
+    entering = _vectors(first, start, None)
+    values = sweep(at.chains(transposed=transposed), entering, vectors, at.method, reverse=at.reverse != transposed)
+    return [after.from_vector(some) for (_, after), some in zip(ends, values, strict=True)]
 
 
-def tangents(at: Linearised, r: Unknowns) -> Unknowns:
+def _vectors(layout: Layout, leaves: list[Array], count: int | None) -> Array:
+    return layout.to_vector(leaves) if leaves else jnp.zeros((0,) if count is None else (count, 0), layout.dtype)
+
+
+def tangents(at: System, r: Unknowns) -> Unknowns:
     """Solves A U = r: forward mode, differentiable to any order, transposed by JAX into `cotangents`."""
     return lax.custom_linear_solve(partial(_apply, at), _tied(r, nothing(r)), lambda _, r: solve(at, r), transpose_solve=lambda _, c: solve_transposed(at, c))
 
 
-def cotangents(at: Linearised, c: Unknowns) -> Unknowns:
+def cotangents(at: System, c: Unknowns) -> Unknowns:
     """Solves Aᵀ W = c: reverse mode, differentiable to any order."""
     transposed = jax.linear_transpose(partial(_apply, at), c)
     return lax.custom_linear_solve(
@@ -249,11 +302,18 @@ def cotangents(at: Linearised, c: Unknowns) -> Unknowns:
     )
 
 
-def zeros(at: Linearised, count: int) -> Unknowns:
-    """A right-hand side of zeros for a chain of `count` steps."""
-    consts = [jnp.zeros_like(at.consts[i]) for i in at.active_consts]
-    xs = [jnp.zeros_like(at.xs[i]) for i in at.active_xs]
-    avals = at.program.out_avals[1]
-    ys = [jnp.zeros((count, *avals[i].shape), avals[i].dtype) for i in at.active_ys]
-    states = [jnp.zeros((count + 1, *shape), dtype) for shape, dtype in zip(at.layout.shapes, at.layout.dtypes, strict=True)]
-    return Unknowns(consts, xs, states, ys)
+def zeros(at: System) -> Unknowns:
+    """A right-hand side of zeros."""
+    runs = []
+    for run in at.runs:
+        ys, new = run.program.out_avals[1], [a for a in run.program.out_avals[0] if is_inexact(a)]
+        runs.append(
+            RunUnknowns(
+                [jnp.zeros_like(run.consts[i]) for i in run.active_consts],
+                [jnp.zeros_like(run.xs[i]) for i in run.active_xs],
+                [jnp.zeros((run.count, *a.shape), a.dtype) for a in new],
+                [jnp.zeros((run.count, *ys[i].shape), ys[i].dtype) for i in run.active_ys],
+            )
+        )
+    first = at.runs[0].before
+    return Unknowns([jnp.zeros(shape, dtype) for shape, dtype in zip(first.shapes, first.dtypes, strict=True)], runs)

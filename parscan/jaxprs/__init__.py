@@ -1,7 +1,7 @@
 """All reading of jaxprs: their parameters change between JAX releases, so nobody else looks inside one."""
 
 from parscan.jaxprs.contraction import contracted
-from parscan.jaxprs.cost import flops
+from parscan.jaxprs.cost import flops, masks_nothing
 from parscan.jaxprs.dependence import Dependence, dependence
 from parscan.jaxprs.obstacles import is_batchable, obstacle
 from parscan.jaxprs.program import Flat, Program, jit_unless_staged, slice_spec, trace
@@ -16,6 +16,7 @@ __all__ = [
     "flops",
     "is_batchable",
     "jit_unless_staged",
+    "masks_nothing",
     "obstacle",
     "slice_spec",
     "staged",

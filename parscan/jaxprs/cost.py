@@ -1,11 +1,11 @@
-"""Arithmetic of a program, counted from its equations."""
+"""Arithmetic of a program, read off its equations."""
 
 from __future__ import annotations
 
 import math
 from typing import Any
 
-from parscan.jaxprs.program import AnyJaxpr, open_jaxpr, sub_jaxprs
+from parscan.jaxprs.program import AnyJaxpr, equations, open_jaxpr, sub_jaxprs
 
 
 def flops(jaxpr: AnyJaxpr) -> int:
@@ -25,3 +25,11 @@ def _of(eqn: Any) -> int:
         (contracted, _), _ = eqn.params["dimension_numbers"]
         return 2 * size * math.prod(eqn.invars[0].aval.shape[d] for d in contracted)
     return 0 if eqn.primitive.name in _MOVES else size
+
+
+_LINEAR = _MOVES | frozenset("add add_any sub neg mul dot_general reduce_sum split stack unstack conv_general_dilated rev jit pjit".split())
+
+
+def masks_nothing(jaxpr: AnyJaxpr) -> bool:
+    """Whether a linear program only adds, multiplies and moves: no part of it decides what may pass."""
+    return all(eqn.primitive.name in _LINEAR for eqn in equations(jaxpr))

@@ -41,23 +41,25 @@ def equations(jaxpr: AnyJaxpr) -> Iterator[Any]:
 
 
 class Program:
-    """One step of a recurrence as a pure function of flat lists: `(consts, carry, x) -> (carry, y)`.
+    """One step of a chain as a pure function of flat lists: `(consts, carry, x) -> (new carry, y)`.
+
+    The step of a recurrence returns a carry like the one it is given; a layer of a network may return another.
 
     Two programs are equal if their equations are, whatever function they were traced from: that is the key under which
     plans and compiled code are cached.
     """
 
-    def __init__(self, closed: AnyJaxpr, num_consts: int, num_carry: int):
+    def __init__(self, closed: AnyJaxpr, num_consts: int, num_carry: int, num_new: int):
         jaxpr = open_jaxpr(closed)
         self.jaxpr = core.ClosedJaxpr(jaxpr.replace(constvars=(), invars=[*jaxpr.constvars, *jaxpr.invars]), ())
-        self.num_consts, self.num_carry = num_consts, num_carry
-        self._key = (num_consts, num_carry, _fingerprint(self.jaxpr))
+        self.num_consts, self.num_carry, self.num_new = num_consts, num_carry, num_new
+        self._key = (num_consts, num_carry, num_new, _fingerprint(self.jaxpr))
         self._hash = hash(self._key)
         self.is_portable = not any(_closes_over_tracers(eqn) for eqn in equations(self.jaxpr))  # may be compiled apart from where it was traced
 
     def __call__(self, consts: Sequence[Any], carry: Sequence[Any], x: Sequence[Any]) -> tuple[list[Any], list[Any]]:
         outs = core.jaxpr_as_fun(self.jaxpr)(*consts, *carry, *x)
-        return list(outs[: self.num_carry]), list(outs[self.num_carry :])
+        return list(outs[: self.num_new]), list(outs[self.num_new :])
 
     def __hash__(self) -> int:
         return self._hash
@@ -75,14 +77,20 @@ class Program:
     def out_avals(self) -> tuple[list[Any], list[Any]]:
         """Abstract values of the new carry and of y."""
         avals = [v.aval for v in open_jaxpr(self.jaxpr).outvars]
-        return avals[: self.num_carry], avals[self.num_carry :]
+        return avals[: self.num_new], avals[self.num_new :]
 
     @property
     def forwarded(self) -> tuple[int | None, ...]:
         """For each leaf of y, the leaf of the new carry that it is, if it is one: those need not be stacked twice."""
         outvars = open_jaxpr(self.jaxpr).outvars
-        carry = {var: i for i, var in reversed(list(enumerate(outvars[: self.num_carry]))) if isinstance(var, core.Var)}
-        return tuple(carry.get(var) if isinstance(var, core.Var) else None for var in outvars[self.num_carry :])
+        carry = {var: i for i, var in reversed(list(enumerate(outvars[: self.num_new]))) if isinstance(var, core.Var)}
+        return tuple(carry.get(var) if isinstance(var, core.Var) else None for var in outvars[self.num_new :])
+
+    @property
+    def is_square(self) -> bool:
+        """Whether it may follow itself: the new carry has the shapes and dtypes of the old one."""
+        old, new = self.avals[1], self.out_avals[0]
+        return len(old) == len(new) and all((a.shape, a.dtype) == (b.shape, b.dtype) for a, b in zip(old, new, strict=True))
 
     @property
     def recomputes(self) -> bool:
@@ -106,8 +114,11 @@ class Flat(NamedTuple):
         return cls(*jax.tree.flatten(tree))
 
 
-def trace(f: Callable, consts: Flat, carry: Flat, x: Flat) -> tuple[Program, list[Any], Any]:
+def trace(f: Callable, consts: Flat, carry: Flat, x: Flat, *, emits: bool = False) -> tuple[Program, list[Any], Any]:
     """Traces `f(consts, carry, x)` once. Containers of the user's are built of tracers only, as by `lax.scan`.
+
+    Args:
+        emits: f returns (new carry, y), the new carry with as many leaves as the old one; otherwise the new carry alone.
 
     Returns:
         the program; its constants: the values that f closes over, then the leaves of `consts`; and the structure of its output.
@@ -123,7 +134,8 @@ def trace(f: Callable, consts: Flat, carry: Flat, x: Flat) -> tuple[Program, lis
     functools.update_wrapper(flat, f, assigned=("__name__", "__qualname__"))
     closed = jax.make_jaxpr(flat)(consts.leaves, carry.leaves, x.leaves)
     values = [*closed.consts, *consts.leaves]
-    return Program(closed, len(values), len(carry.leaves)), values, found[-1]
+    new = len(carry.leaves) if emits else found[-1].num_leaves
+    return Program(closed, len(values), len(carry.leaves), new), values, found[-1]
 
 
 def part(body: Any, invars: Sequence[Any], eqns: Sequence[Any], outvars: Sequence[Any]) -> Callable[..., list[Any]]:
@@ -134,10 +146,10 @@ def part(body: Any, invars: Sequence[Any], eqns: Sequence[Any], outvars: Sequenc
 
 
 def jit_unless_staged(f: Callable) -> Callable:
-    """f(spec, …) compiled for its `spec`, which holds a `program`; f itself while a `jit` or a loop is being traced, where another would
+    """f(spec, …) compiled for its `spec`, which says whether it `is_portable`; f itself while a `jit` or a loop is being traced, where another would
     add nothing, and if the program cannot leave the trace it was made in."""
     compiled = jax.jit(f, static_argnums=0)
-    return lambda spec, *args: (compiled if spec.program.is_portable and not core.unsafe_am_i_under_a_jit_DO_NOT_USE() else f)(spec, *args)
+    return lambda spec, *args: (compiled if spec.is_portable and not core.unsafe_am_i_under_a_jit_DO_NOT_USE() else f)(spec, *args)
 
 
 def slice_spec(leaf: Any) -> jax.ShapeDtypeStruct:
@@ -200,7 +212,10 @@ def _rule(eqn: Any, unfolded: frozenset[int]) -> Hashable:
     JAX wraps the rule anew in every trace, in closures of its own. Where a release keeps it elsewhere, and where arguments are bound to it
     (`nondiff_argnums`), the wrapper itself: equal to no other. A rule that calls its own function is unfolded once.
     """
-    wrapped, computed = _users(eqn.params["jvp_jaxpr_fun"]), _linearised(eqn)
+    wrapped = _users(eqn.params["jvp_jaxpr_fun"])
+    if wrapped is not None and hasattr(wrapped.f, "depends_on"):
+        return wrapped.f.depends_on
+    computed = _linearised(eqn)
     if wrapped is None or len(wrapped.transforms) != 1 or computed is None:
         return _ById(eqn.params["jvp_jaxpr_fun"])
     rule, ((_, flattening),) = wrapped.f, wrapped.transforms

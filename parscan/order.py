@@ -1,0 +1,269 @@
+"""In what order to multiply a chain of rectangular maps: the matrix-chain problem, for a vector and in logarithmic depth.
+
+The maps of a journey are numbered 0 … N - 1 in the order of travel; map i takes vectors of width w_i to width w_{i+1}. What is wanted is
+every vector on the way, given the one that enters map 0. A binary tree over the maps says how:
+
+    Join(first, second)   the vector enters `first`; what leaves it is the product matrix of `first` times the vector, and enters `second`
+    Join(…, walked=True)  what leaves `first` is known once every vector inside `first` is; no product is needed
+
+A product is multiplied out only where somebody asks for it: along the tree's last branches a vector is handed on instead, which is why a
+wide map that the vector meets first is cheap, and one that it meets last is dear. Among all trees whose depth is at most
+2 ceil(log2 L) + 2 the one with the least arithmetic is found by dynamic programming over (interval, time of arrival, height).
+
+*Units* are stacks of equal maps: their own tree is the balanced one, batched, and stays one piece of program. Short ones are taken apart.
+
+Source: S. S. Godbole, On efficient computation of matrix chain products (1973), for the products alone.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+MOST_UNITS = 32  # dynamic programming is cubic in them: half a second here; longer chains of unequal maps keep the balanced tree
+SHORT = 8  # stacks of fewer equal maps are taken apart
+SLACK = 1.02  # arithmetic beyond the balanced tree's at which longer ones are taken apart, too: each part is one more batch of small products
+
+
+class Unit(NamedTuple):
+    """Maps first … first + count - 1 of stack `stack`, in the order of travel."""
+
+    stack: int
+    first: int
+    count: int
+
+
+class Join(NamedTuple):
+    """The maps of `first`, then those of `second`; see the module."""
+
+    first: Node
+    second: Node
+    walked: bool = False
+
+
+Node = Unit | Join
+
+
+class Order(NamedTuple):
+    """A tree over all units, and its arithmetic in FLOPs beside that of the balanced tree. `tree` is None for a chain of no maps."""
+
+    tree: Node | None
+    flops: int
+    balanced: int
+
+
+def units(node: Node) -> Iterator[Unit]:
+    """The leaves, in the order of travel."""
+    if isinstance(node, Unit):
+        yield node
+    else:
+        yield from units(node.first)
+        yield from units(node.second)
+
+
+def height(count: int) -> int:
+    """Rounds of joins that make one map of `count`."""
+    return math.ceil(math.log2(count)) if count > 1 else 0
+
+
+def depth_bound(count: int) -> int:
+    """Operations, one after another, that a tree over `count` maps may take."""
+    return 2 * height(count) + 2
+
+
+def pass_depth(count: int, at: int) -> int:
+    """When the last vector leaves a balanced tree over `count` maps that a vector enters at time `at`."""
+    levels = height(count)
+    return at + 1 if count == 1 else max(at, levels - 1) + levels + 1
+
+
+def joins(count: int, whole: bool) -> int:
+    """Products of a balanced tree: for its one product and every vector, or for the vectors alone."""
+    if whole:
+        return max(count - 1, 0)
+    count, total = count - (count % 2 == 0), 0
+    while count > 1:
+        count //= 2
+        total += count
+    return total
+
+
+@functools.lru_cache(maxsize=256)
+def ordered(counts: tuple[int, ...], widths: tuple[int, ...], blocks: int = 1) -> Order:
+    """The cheapest order for stacks of maps.
+
+    Args:
+        counts: maps in each stack, all of them equal; 1 for a stack whose map changes the width.
+        widths: of the vectors before, between and after the stacks, in the order of travel; one more than stacks.
+        blocks: independent blocks of those widths: a factor of the arithmetic.
+
+    Returns:
+        `Order`. Over the same stacks, taken apart, `flops` is never above `balanced`; kept whole, at most 2 % above.
+    """
+    costs = Costs(blocks, widths)
+    balanced = costs.balanced([w for count, w in zip(counts, widths, strict=False) for _ in range(count)] + [widths[-1]])
+    whole = [Unit(stack, 0, count) for stack, count in enumerate(counts) if count]
+    if not whole:
+        return Order(None, 0, 0)
+    coarse = [part for unit in whole for part in (_singles(unit) if unit.count < SHORT else [unit])]
+    edged = [part for unit in whole for part in (_singles(unit) if unit.count < 2 * SHORT else _edges(unit))]
+    found = []
+    for some in (coarse, edged):
+        if len(some) <= MOST_UNITS:
+            found.append(Order(*_Search(costs, some).best(), balanced))
+            if found[-1].flops <= SLACK * balanced:
+                return found[-1]
+    if not found:
+        tree = _balanced_tree(list(coarse))
+        found.append(Order(tree, costs.of(tree), balanced))
+    return min(found, key=lambda order: order.flops)
+
+
+def _singles(unit: Unit) -> list[Unit]:
+    return [Unit(unit.stack, unit.first + i, 1) for i in range(unit.count)]
+
+
+def _edges(unit: Unit) -> list[Unit]:
+    """1, 2, 4, the rest, 4, 2, 1: products at the edges may meet a narrower neighbour."""
+    sizes, place, parts = [1, 2, 4, unit.count - 14, 4, 2, 1], unit.first, []
+    for size in sizes:
+        if size > 0:
+            parts.append(Unit(unit.stack, place, size))
+            place += size
+    return parts
+
+
+def _balanced_tree(nodes: list[Node]) -> Node:
+    """Neighbours are joined, round by round; one without a partner waits for the next."""
+    while len(nodes) > 1:
+        pairs = [Join(a, b) for a, b in zip(nodes[::2], nodes[1::2], strict=False)]
+        nodes = [*pairs, nodes[-1]] if len(nodes) % 2 else list(pairs)
+    return nodes[0]
+
+
+class Costs:
+    """FLOPs: two for each multiply-add. A product carries its offset along, which is one matrix-vector product more."""
+
+    def __init__(self, blocks: int, widths: Sequence[int]):
+        self.blocks, self.widths = blocks, widths
+
+    def apply(self, w_in, w_out):
+        """A matrix times a vector."""
+        return 2 * self.blocks * w_in * w_out
+
+    def join(self, w_in, middle, w_out):
+        """The product of two affine maps."""
+        return 2 * self.blocks * w_in * middle * w_out + self.apply(middle, w_out)
+
+    def ends(self, node: Node) -> tuple[int, int]:
+        """The widths that a node's vector has before and after it."""
+        some = list(units(node))
+        return self.widths[some[0].stack], self.widths[some[-1].stack + (some[-1].count == 1)]
+
+    def unit(self, unit: Unit, whole: bool) -> int:
+        """A balanced tree inside a stack: products and vectors. A single map's vector is the one that its product hands on."""
+        ends = self.ends(unit)
+        if unit.count == 1:
+            return 0 if whole else self.apply(*ends)
+        return joins(unit.count, whole) * self.join(ends[0], ends[0], ends[0]) + unit.count * self.apply(*ends)
+
+    def of(self, node: Node, whole: bool = False) -> int:
+        """All vectors inside a tree, and with `whole` its product."""
+        if isinstance(node, Unit):
+            return self.unit(node, whole)
+        if node.walked:
+            return self.of(node.first) + self.of(node.second)
+        (start, middle), end = self.ends(node.first), self.ends(node.second)[1]
+        product = self.join(start, middle, end) if whole else 0
+        return self.of(node.first, True) + self.apply(start, middle) + self.of(node.second, whole) + product
+
+    def balanced(self, widths: Sequence[int]) -> int:
+        """The tree of `prefix.tree` over maps of these widths, one by one."""
+        w = np.asarray(widths, float)
+        count, total = len(w) - 1, 0.0
+        if count > 1 and count % 2 == 0:  # the last map is left out
+            total, count = self.apply(w[-2], w[-1]), count - 1
+        while count >= 1:
+            w, pairs = w[: count + 1], count // 2
+            firsts = slice(0, count, 2)
+            total += self.apply(w[firsts], w[1:][firsts]).sum()
+            total += self.join(w[0 : 2 * pairs : 2], w[1 : 2 * pairs : 2], w[2 : 2 * pairs + 1 : 2]).sum()
+            w, count = w[: 2 * pairs + 1 : 2], pairs
+        return int(total)
+
+
+class _Search:
+    """Dynamic programming over intervals a … b of units.
+
+    need[a, b][T, h]: least arithmetic of the vectors inside and the product, the vector entering at time T, the product known at time h.
+    only[a, b][T, t]: of the vectors alone, entering at T, the last of them known at t.
+    Both non-increasing in their second index; infinite where the bound on the depth would be missed.
+    """
+
+    def __init__(self, costs: Costs, parts: Sequence[Unit]):
+        self.costs, self.parts, n = costs, list(parts), len(parts)
+        self.w = [costs.ends(unit)[0] for unit in parts] + [costs.ends(parts[-1])[1]]
+        self.bound = depth_bound(sum(unit.count for unit in parts))
+        self.need, self.only = {}, {}
+        for i in range(n):
+            self.need[i, i + 1], self.only[i, i + 1] = self._leaf(i)
+        for span in range(2, n + 1):
+            for a in range(n - span + 1):
+                self._fill(a, a + span)
+
+    def best(self) -> tuple[Node, int]:
+        """The tree, retraced from the costs, and its arithmetic."""
+        n = len(self.parts)
+        return self._retraced("only", 0, n, 0, self.bound), int(self.only[0, n][0, self.bound])
+
+    def _leaf(self, i: int) -> tuple[np.ndarray, np.ndarray]:
+        unit, bound = self.parts[i], self.bound
+        need, only = np.full((bound + 1, bound + 1), np.inf), np.full((bound + 1, bound + 1), np.inf)
+        for at in range(bound + 1):
+            leaves = pass_depth(unit.count, at)
+            if leaves <= bound:
+                need[at, height(unit.count) :] = self.costs.unit(unit, True)
+                only[at, leaves:] = self.costs.unit(unit, False)
+        return need, only
+
+    def _candidates(self, a: int, b: int) -> Iterator[tuple[str, int, np.ndarray]]:
+        """Every split m, as (kind, m, costs): of `need` [T, h1, h], of `only` by a product [T, h1, t], of `only` by walking [T, t1, t]."""
+        times = np.arange(self.bound + 1)
+        for m in range(a + 1, b):
+            hand_on = self.costs.apply(self.w[a], self.w[m])
+            arrival = np.maximum(times[:, None], times[None, :]) + 1  # [T, h1]
+            late = arrival > self.bound
+            arrival = np.minimum(arrival, self.bound)
+            first = np.where(late, np.inf, self.need[a, m] + hand_on)[:, :, None]
+            height_left = np.arange(self.bound + 1) - 1
+            inner = np.where((height_left[None, None, :] < times[None, :, None]), np.inf, self.need[m, b][arrival][:, :, height_left])
+            yield "need", m, first + inner + self.costs.join(self.w[a], self.w[m], self.w[b])
+            yield "only", m, first + self.only[m, b][arrival]
+            if self.parts[m - 1].count > 1:  # else a product costs no more
+                yield "walked", m, self.only[a, m][:, :, None] + self.only[m, b][None, :, :]
+
+    def _fill(self, a: int, b: int) -> None:
+        found = {"need": np.inf, "only": np.inf}
+        for kind, _, cost in self._candidates(a, b):
+            key = "need" if kind == "need" else "only"
+            found[key] = np.minimum(found[key], cost.min(axis=1))
+        self.need[a, b] = np.minimum.accumulate(found["need"], axis=1)
+        self.only[a, b] = np.minimum.accumulate(found["only"], axis=1)
+
+    def _retraced(self, goal: str, a: int, b: int, at: int, by: int) -> Node:
+        if b == a + 1:
+            return self.parts[a]
+        best = (np.inf,)
+        for kind, m, cost in self._candidates(a, b):
+            if (kind == "need") == (goal == "need"):
+                h1, t = np.unravel_index(cost[at, :, : by + 1].argmin(), cost[at, :, : by + 1].shape)
+                best = min(best, (cost[at, h1, t], kind, m, int(h1), int(t)), key=lambda found: found[0])
+        _, kind, m, h1, t = best
+        if kind == "walked":
+            return Join(self._retraced("only", a, m, at, h1), self._retraced("only", m, b, h1, t), walked=True)
+        second = ("need", t - 1) if kind == "need" else ("only", t)
+        return Join(self._retraced("need", a, m, at, h1), self._retraced(second[0], m, b, max(at, h1) + 1, second[1]))

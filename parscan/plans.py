@@ -1,0 +1,64 @@
+"""`plan`: what would be done, and why, without running anything."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+from jax import lax
+
+from parscan.chains import Layers
+from parscan.methods import Method, Sequential, parse_method
+from parscan.network import is_sequence, read_sequence
+from parscan.planning import Plan, plan_chain
+from parscan.scanning import traced_scan
+from parscan.structure import parse_structure
+
+
+def plan(
+    f: Callable | Layers,
+    init: Any,
+    xs: Any = None,
+    length: int | None = None,
+    reverse: bool = False,
+    *,
+    method: Method | str = "auto",
+    structure: Any = "auto",
+) -> Plan:
+    """What `scan` would do with these arguments, or `parallel_backward` with a sequence of layers, and why, without running anything.
+
+    Args:
+        f, init, xs, length, reverse, method, structure: as for `scan`; arrays may be `jax.ShapeDtypeStruct`s. Or, for a sequence of layers, the
+            layers, their parameters, and the list of activations h_0 … h_L, of which only h_0 is needed.
+
+    Returns:
+        the kind of the Jacobians, their blocks, the method with its sizes, the reason; for layers the runs and stretches, too.
+
+    Raises:
+        ValueError: whatever `scan`, or `parallel_backward`, raises for these arguments.
+
+    Example:
+        >>> def f(h, x):
+        ...     return jnp.tanh(h @ jnp.ones((8, 8)) + x), None
+        >>> parscan.plan(f, jnp.zeros((32, 8)), jnp.ones((1000, 8))).blocks
+        {8: 32}
+        >>> block = lambda w, h: h + jnp.tanh(h @ w)
+        >>> parscan.plan([block] * 9 + [lambda _, h: h.sum()], [jnp.ones((3, 3))] * 9 + [None], [jnp.ones(3)]).runs
+        (9, 1)
+    """
+    parsed, claim = parse_method(method), parse_structure(structure)
+    if is_sequence(f):
+        return _of_layers(f, init, xs, parsed, claim)
+    traced = traced_scan(f, init, xs, length, reverse, 1, parsed, claim)
+    if traced is None:
+        jax.eval_shape(lambda init, xs: lax.scan(f, init, xs, length, reverse), init, xs)  # type: ignore[arg-type]
+        raise ValueError("`lax.scan` accepts these arguments, but parscan cannot read them; it leaves them to `lax.scan`.")
+    return traced.plan
+
+
+def _of_layers(layers: Any, params: Any, activations: Any, method: Any, claim: Any) -> Plan:
+    if not isinstance(activations, Sequence) or len(activations) not in (1, len(layers) + 1):
+        raise ValueError(f"For a sequence of {len(layers)} layers the third argument must be the list h_0 … h_L of activations, or [h_0].")
+    network = read_sequence(layers, params, activations)
+    return plan_chain(network.steps, method, claim, fallback=Sequential())[0] if network.links else Plan("none", {}, Sequential(), "no layers", 0)
