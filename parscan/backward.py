@@ -30,6 +30,7 @@ class Gradients:
             sequence like `params`; an entry that stands in several places has the sum of their gradients in each.
         activations: like the activations: the accumulated gradient at h_0 … h_L, leading axis L + 1; for a sequence of layers a list.
         plan: what was chosen, and why. It rides along, but does not tell two pytrees apart.
+        stacked: whether `activations` are stacked rather than a list.
 
     Integer, boolean and key leaves are `float0`, as in JAX.
     """
@@ -37,21 +38,22 @@ class Gradients:
     params: Any
     activations: Any
     plan: Plan
+    stacked: bool = True
 
     @property
     def input(self) -> Any:
         """∂/∂x: the accumulated gradient at h_0."""
-        if isinstance(self.activations, _Listed):
+        if not self.stacked:
             return self.activations[0]
         return jax.tree.map(lambda g: checks.float0_zeros(g.shape[1:]) if g.dtype == jax.dtypes.float0 else g[0], self.activations)
 
     def tree_flatten_with_keys(self):
         key = jax.tree_util.GetAttrKey
-        return ((key("params"), self.params), (key("activations"), self.activations)), _Unseen(self.plan)
+        return ((key("params"), self.params), (key("activations"), self.activations)), (_Unseen(self.plan), self.stacked)
 
     @classmethod
-    def tree_unflatten(cls, plan, children):
-        return cls(*children, plan.value)
+    def tree_unflatten(cls, static, children):
+        return cls(*children, static[0].value, static[1])
 
 
 class _Unseen:
@@ -126,13 +128,9 @@ def parallel_backward(
     else:
         network, states, cotangents = _of_stacked(layer, params, params_axes, activations, cotangent, layer_cotangents)
     if not network.links:
-        return Gradients(type(params)(()) if type(params) in (list, tuple) else [], _Listed(cotangents.trees), Plan("none", {}, Sequential(), "no layers", 0))
+        return Gradients(type(params)(()) if type(params) in (list, tuple) else [], cotangents.trees, Plan("none", {}, Sequential(), "no layers", 0), False)
     plan, stretches = plan_chain(network.steps, parsed, claim, fallback=Sequential())
     return _gradients(network, states, cotangents, plan, stretches)
-
-
-class _Listed(list):
-    """The accumulated gradients at h_0 … h_L of a sequence of layers."""
 
 
 # --- reading what is given ------------------------------------------------------------------------------------------------
@@ -315,7 +313,7 @@ def _gradients(network: Network, states: list[list[Any]], cotangents: _Cotangent
     stacked = [_scattered(link.xs, some) for link, some in zip(network.links, to_xs, strict=True)]
     every = [_scattered(_states_after(link), some) for link, some in zip(network.links, leaving, strict=True)]
     activations = network.as_activations(_scattered(network.start, start), every)
-    return Gradients(network.as_params(shared, stacked), _Listed(activations) if network.stacked is None else activations, plan)
+    return Gradients(network.as_params(shared, stacked), activations, plan, network.stacked is not None)
 
 
 def _states_after(link: Link) -> list[jax.ShapeDtypeStruct]:
@@ -325,7 +323,7 @@ def _states_after(link: Link) -> list[jax.ShapeDtypeStruct]:
 def _part(network: Network, stretch: Stretch) -> Part:
     links = network.links[stretch.lo : stretch.hi]
     closed_over = tuple(link.closed_over for link in links)
-    if stretch.layouts is not None:
+    if stretch.layouts is not None and not isinstance(stretch.plan.method, Lax):
         return Part(network.recurrence(stretch), closed_over, False, True)
     by_jax = isinstance(stretch.plan.method, Lax) or not all(is_batchable(link.step.program) for link in links)
     layouts = layouts_of([(link.step.program, link.step.repeats) for link in links], "dense")

@@ -138,9 +138,10 @@ def _run(network: Network, method: Method | None, claim: Claim | None, *, stored
     for stretch in stretches:
         links = network.links[stretch.lo : stretch.hi]
         consts, xs = [link.consts for link in links], [link.xs for link in links]
-        if stretch.layouts is not None and stored:
+        by_jax = stretch.layouts is None or isinstance(stretch.plan.method, Lax)
+        if stored and not by_jax:
             h, _, entering = run_recurrence_stored(network.recurrence(stretch), consts, h, xs)
-        elif stretch.layouts is not None:
+        elif not by_jax:
             h, _ = run_recurrence(network.recurrence(stretch), consts, h, xs)
             continue
         else:

@@ -109,7 +109,7 @@ def _checked(A: Any, b: Any, h0: Any) -> tuple[Jacobian, Array, Array]:
             f"`A` must be parscan.Dense(...), parscan.Diagonal(...) or parscan.BlockDiagonal(...); got {type(A).__name__}. "
             "Wrap the array, e.g. parscan.Dense(A)."
         )
-    leaf, *others = jax.tree.leaves(A)
+    leaf, *others = jax.tree.leaves(A) or [None]
     if others or not all(map(checks.is_array, (leaf, b, h0))):
         raise TypeError("`A`, `b`, `h0` must be arrays (`A` a kind of Jacobian that holds one); got a list or another object. Use jnp.asarray.")
     for name, x in (("A", leaf), ("b", b), ("h0", h0)):

@@ -225,8 +225,9 @@ class _Search:
         need, only = np.full((bound + 1, bound + 1), np.inf), np.full((bound + 1, bound + 1), np.inf)
         for at in range(bound + 1):
             leaves = pass_depth(unit.count, at)
-            if leaves <= bound:
+            if leaves <= bound or unit.count == 1:  # a single map's vector is the one that its product hands on
                 need[at, height(unit.count) :] = self.costs.unit(unit, True)
+            if leaves <= bound:
                 only[at, leaves:] = self.costs.unit(unit, False)
         return need, only
 

@@ -61,7 +61,7 @@ class Step(NamedTuple):
 
 
 class Stretch(NamedTuple):
-    """Steps lo … hi - 1 of a chain, crossed by one method. `layouts`: of the states before, between and after them; None if handed over."""
+    """Steps lo … hi - 1 of a chain, crossed by one method. `layouts`: of the states before, between and after them; None if nobody may ask."""
 
     lo: int
     hi: int
@@ -141,22 +141,22 @@ def _of_stretch(steps: Sequence[Step], place: slice, verdict: tuple[str, Method,
     what, method, reason = verdict
     length = sum(step.count for step in steps[place])
     if what == "narrow" and platform != "cpu" and length < ACCELERATOR_LENGTH:
-        return [_handed_over(steps, place, fallback, f"{length} steps on {platform}: too short a chain for matrix products to pay")]
-    if what in ("narrow", "sequential"):
-        return [_planned(steps, place, method, reason, claim, fallback)]
-    return [_handed_over(steps, place, method, reason)]
+        method, reason = fallback, f"{length} steps on {platform}: too short a chain for matrix products to pay"
+    if what == "obstacle":
+        return [_handed_over(steps, place, method, reason)]
+    return [_planned(steps, place, method, reason, claim, fallback)]
 
 
 def _verdict(step: Step, claim: Claim | None, fallback: Method, platform: str) -> tuple[str, Method, str]:
-    """How one step should be crossed: what kind of decision that is (neighbours of one kind go together), the method, and why."""
+    """How one step should be crossed: the kind of that decision (neighbours of one kind go together), the method, and why."""
     problem = obstacle(step.program)
     if problem is not None:
         return "obstacle", fallback, f"sequential, since {problem}"
     before, after = layouts_of([(step.program, step.repeats)], claim)
     if step.repeats and before.size == 0:
-        return "handed over", fallback, "nothing in the state is differentiable"
+        return "lax", fallback, "nothing in the state is differentiable"
     method, reason = _chosen(step, before.blocks or after.blocks, (before.width, after.width), fallback, platform)
-    return ("narrow" if method.is_parallel else "sequential" if isinstance(method, Sequential) else "handed over"), method, reason
+    return ("narrow" if method.is_parallel else type(method).__name__.lower()), method, reason
 
 
 def _handed_over(steps: Sequence[Step], place: slice, method: Method, reason: str) -> Stretch:

@@ -90,6 +90,9 @@ def check_state(old: Any, new: Any) -> Any:
     difference = structure_difference("the layer's output", new, old)
     if difference is not None:
         raise TypeError(f"A layer must return a state like the one it was given: {difference}.")
+    strange = [f"{name}: {leaf!r}" for name, leaf in named_leaves("h", new) if not is_array(leaf)]
+    if strange:
+        raise TypeError(f"A layer must return a state like the one it was given, made of arrays; got {', '.join(strange)}.")
     pairs = zip(named_leaves("h", old), jax.tree.leaves(new), strict=True)
     wrong = [
         f"{name} was {describe(a)} and became {describe(b)}"

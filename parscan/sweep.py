@@ -79,8 +79,10 @@ def _swept(journey: list[tuple[Chain, Array]], start: Array, method: Method, rev
 
 
 def _through_one(chain: Chain, start: Array, offsets: Array, method: Method, reverse: bool) -> Array:
+    if offsets.shape[0] == 1:
+        return _crossed(chain, start, offsets, reverse)
     match method:
-        case Sequential() | Walk() if isinstance(method, Sequential) or offsets.shape[0] == 1:
+        case Sequential():
             return _crossed(chain, start, offsets, reverse)
         case Walk(segment=segment):
             return _walk(chain, start, offsets, segment or offsets.shape[0], reverse)

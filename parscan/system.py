@@ -15,7 +15,7 @@ A chain is a sequence of *runs*: a recurrence is one run of equal steps, a netwo
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -291,15 +291,19 @@ def _vectors(layout: Layout, leaves: list[Array], count: int | None) -> Array:
 
 def tangents(at: System, r: Unknowns) -> Unknowns:
     """Solves A U = r: forward mode, differentiable to any order, transposed by JAX into `cotangents`."""
-    return lax.custom_linear_solve(partial(_apply, at), _tied(r, nothing(r)), lambda _, r: solve(at, r), transpose_solve=lambda _, c: solve_transposed(at, c))
+    return _solved(partial(_apply, at), r, partial(solve, at), partial(solve_transposed, at))
 
 
 def cotangents(at: System, c: Unknowns) -> Unknowns:
     """Solves Aᵀ W = c: reverse mode, differentiable to any order."""
     transposed = jax.linear_transpose(partial(_apply, at), c)
-    return lax.custom_linear_solve(
-        lambda w: transposed(w)[0], _tied(c, nothing(c)), lambda _, c: solve_transposed(at, c), transpose_solve=lambda _, r: solve(at, r)
-    )
+    return _solved(lambda w: transposed(w)[0], c, partial(solve_transposed, at), partial(solve, at))
+
+
+def _solved(apply: Callable, given: Unknowns, forth: Callable, back: Callable) -> Unknowns:
+    """Both the right-hand side and the solution are tied: transposed, the one becomes the other, of which parts may be unused, that is zero."""
+    found = lax.custom_linear_solve(apply, _tied(given, nothing(given)), lambda _, r: forth(r), transpose_solve=lambda _, c: back(c))
+    return _tied(found, nothing(found))
 
 
 def zeros(at: System) -> Unknowns:
@@ -309,8 +313,8 @@ def zeros(at: System) -> Unknowns:
         ys, new = run.program.out_avals[1], [a for a in run.program.out_avals[0] if is_inexact(a)]
         runs.append(
             RunUnknowns(
-                [jnp.zeros_like(run.consts[i]) for i in run.active_consts],
-                [jnp.zeros_like(run.xs[i]) for i in run.active_xs],
+                [jnp.zeros(run.consts[i].shape, run.consts[i].dtype) for i in run.active_consts],  # `zeros_like` would keep a weak type
+                [jnp.zeros(run.xs[i].shape, run.xs[i].dtype) for i in run.active_xs],
                 [jnp.zeros((run.count, *a.shape), a.dtype) for a in new],
                 [jnp.zeros((run.count, *ys[i].shape), ys[i].dtype) for i in run.active_ys],
             )

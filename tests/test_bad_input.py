@@ -19,7 +19,74 @@ def backward(layer=LAYER, params=PARAMS, activations=ACTIVATIONS, cotangent=X, *
     return parscan.parallel_backward(layer, params, activations, cotangent, **options)
 
 
+LAYERS = [lambda w, h: jnp.tanh(h @ w), lambda w, h: h @ w, lambda _, h: h.sum()]
+WEIGHTS = [jnp.ones((3, 5)), jnp.ones((5, 2)), None]
+STATES = [jnp.ones(3), jnp.ones(5), jnp.ones(2), jnp.ones(())]
+
+
+def through(layers=LAYERS, params=WEIGHTS, activations=STATES, cotangent=1.0, **options):
+    return parscan.parallel_backward(layers, params, activations, cotangent, **options)
+
+
+def named(w, h):
+    return h @ w
+
+
 CASES = {
+    "sequence: fewer params than layers": (lambda: through(params=WEIGHTS[:2]), ValueError, r"`params` must have one entry a layer: got 2 for 3 layers.*None"),
+    "sequence: stacked params": (lambda: through(params=jnp.ones((3, 3, 3))), TypeError, r"`params` must be a sequence with one entry a layer.*got ArrayImpl"),
+    "sequence: a layer that is not callable": (
+        lambda: parscan.chain([LAYERS[0], jnp.ones(3)]),
+        TypeError,
+        r"`layers\[1\]` must be a callable \(params_i, h\) -> h; got Array",
+    ),
+    "sequence: too few activations": (lambda: through(activations=STATES[:3]), ValueError, r"`activations` must be the list h_0 … h_L, 4 for 3 layers; got 3"),
+    "sequence: stacked activations": (lambda: through(activations=jnp.ones((4, 3))), ValueError, r"must be the list h_0 … h_L, 4 for 3 layers; got ArrayImpl"),
+    "sequence: an activation of another shape": (
+        lambda: through([named, *LAYERS[1:]], activations=[STATES[0], jnp.ones(4), *STATES[2:]]),
+        ValueError,
+        r"`activations\[1\]` does not fit: layer 0 \(named\) makes another of `activations\[0\]`: activations\[1\] is float64\[4\], where float64\[5\] is needed",
+    ),
+    "sequence: an activation of another dtype": (
+        lambda: through(activations=[*STATES[:2], jnp.ones(2, jnp.float32), STATES[3]]),
+        ValueError,
+        r"activations\[2\] is float32\[2\], where float64\[2\] is needed",
+    ),
+    "sequence: an activation of another structure": (
+        lambda: through(activations=[*STATES[:2], {"a": STATES[2]}, STATES[3]]),
+        ValueError,
+        r"`activations\[2\]` does not fit: layer 1 .* has the structure PyTreeDef\(\{'a': \*\}\)",
+    ),
+    "sequence: a cotangent for a layer that does not exist": (
+        lambda: through(layer_cotangents={4: STATES[0]}),
+        ValueError,
+        r"`layer_cotangents` has a cotangent for 4, but the activations are h_0 … h_3: give an index from 0 to 3",
+    ),
+    "sequence: a cotangent of another shape": (
+        lambda: through(layer_cotangents={1: jnp.ones(2)}),
+        ValueError,
+        r"`layer_cotangents\[1\]` must match `activations\[1\]`: layer_cotangents\[1\] is float64\[2\], where float64\[5\]",
+    ),
+    "sequence: cotangents of another count": (lambda: through(layer_cotangents=[None] * 3), ValueError, r"must be a list of 4 entries, None for.*got 3 entries"),
+    "sequence: params_axes": (lambda: through(params_axes=None), ValueError, r"`params_axes` is for one layer repeated"),
+    "sequence: length": (lambda: parscan.forward(LAYERS, WEIGHTS, STATES[0], length=3), ValueError, r"`params_axes` and `length` are for one layer repeated"),
+    "sequence: complex activations": (lambda: through(activations=[STATES[0] + 0j, *STATES[1:]]), TypeError, r"`activations` must be real; got .*complex128\[3\]"),
+    "sequence: no array among params": (lambda: through(params=[WEIGHTS[0], "w", None]), TypeError, r"`params\[1\]` must hold arrays alone; got params\[1\]: 'w'"),
+    "sequence: a layer that returns no array": (
+        lambda: parscan.forward([lambda w, h: "x"], [None], STATES[0]),
+        TypeError,
+        r"Layer 0 \(<lambda>\) must return arrays, or a pytree of them; got h: 'x'",
+    ),
+    "sequence: a plan for the wrong activations": (lambda: parscan.plan(LAYERS, WEIGHTS, STATES[:2]), ValueError, r"must be the list h_0 … h_L of activations, or \[h_0\]"),
+    "activations that are no arrays": (lambda: backward(activations="abc"), TypeError, r"`activations` must hold arrays alone; got activations: 'abc'"),
+    "a cotangent that is no array": (lambda: backward(cotangent="a"), TypeError, r"`cotangent` must hold arrays like those of the last activation h_L; got cotangent: 'a'"),
+    "a layer that returns no array": (lambda: backward(layer=lambda p, h: "x"), TypeError, r"must return a state like the one it was given, made of arrays; got h: 'x'"),
+    "a state that is no array": (lambda: parscan.forward(LAYER, PARAMS, "s"), TypeError, r"the state must hold arrays alone; got h: 's'"),
+    "linear_scan of nothing": (
+        lambda: parscan.linear_scan(parscan.Diagonal(None), jnp.zeros((5, 4)), jnp.zeros(4)),
+        TypeError,
+        r"`A`, `b`, `h0` must be arrays",
+    ),
     "params without a layer axis": (
         lambda: backward(params={"w": jnp.float64(1.0)}),
         ValueError,

@@ -233,6 +233,28 @@ def test_new_values_recompile_nothing(method, compilations):
     assert len(compilations) == before
 
 
+@pytest.mark.parametrize("method", ["auto", "walk"])
+def test_new_values_recompile_no_scan_inside_a_scan(method, compilations):
+    turn = jnp.roll(jnp.eye(3), 1, 0)
+
+    def once(scale):
+        inner = lambda c, _: (jnp.tanh(c @ turn), None)
+        f = lambda h, x: (parscan.scan(inner, h, None, length=3, method=method)[0] + x, None)
+        h, xs = jnp.ones((4, 3)) * scale, jnp.full((12, 4, 3), 0.1) * scale
+        jax.block_until_ready((parscan.scan(f, h, xs, method=method), jax.grad(lambda h: parscan.scan(f, h, xs, method=method)[0].sum())(h)))
+        layers = [lambda w, h: f(h, w)[0]] * 4 + [lambda _, h: h.sum()]
+        weights = [*(xs[i] for i in range(4)), None]
+        _, activations = parscan.forward(layers, weights, h, method=method)
+        jax.block_until_ready(parscan.parallel_backward(layers, weights, activations, scale, method=method))
+
+    once(1.0)
+    once(0.5)
+    before = len(compilations)
+    assert before > 0, "the listener hears nothing"
+    once(0.25)
+    assert len(compilations) == before
+
+
 def test_f_is_traced_once():
     calls = []
 

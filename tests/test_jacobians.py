@@ -61,7 +61,7 @@ def test_from_columns_inverts_pushing_the_basis(kind):
     width = {"Dense": 6, "BlockDiagonal": 2, "Diagonal": 1}[kind]
     basis = jnp.tile(jnp.eye(width), (1, 6 // width))
     columns = jnp.stack([a.apply(jnp.broadcast_to(e, (5, 6))) for e in basis], axis=1)
-    assert_close(type(a).from_columns(columns).to_dense(), a.to_dense(), 0)
+    assert_close(type(a).from_columns(columns, 6 // width).to_dense(), a.to_dense(), 0)
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
@@ -115,3 +115,53 @@ def test_alternating_extreme_steps_cancel():
     for step in steps[1:]:
         total = affine.then(step, total)
     np.testing.assert_allclose(affine.apply(total, jnp.ones((1, 2), jnp.float32))[0], [1.0, 1.0], rtol=1e-6)
+
+
+# --- layers that change the width -----------------------------------------------------------------------------------------------
+
+
+def rectangular(kind, widths, scale=1.0):
+    """Maps between vectors of these widths, in two blocks if there are blocks."""
+    random = np.random.default_rng(5)
+    shapes = [(b, a) if kind == "Dense" else (2, b, a) for a, b in zip(widths, widths[1:], strict=False)]
+    return [KINDS[kind](jnp.asarray(scale * random.standard_normal(shape))) for shape in shapes]
+
+
+@pytest.mark.parametrize("kind", ["Dense", "BlockDiagonal"])
+def test_rectangular_maps(kind):
+    first, second = rectangular(kind, (5, 3, 4))
+    v = jnp.arange(1.0, first.size + 1)
+    assert_close(first.apply(v), first.to_dense() @ v, 1e-14)
+    assert_close(first.transpose().to_dense(), first.to_dense().T, 0)
+    assert_close(second.after(first).to_dense(), second.to_dense() @ first.to_dense(), 1e-14)
+    columns = jnp.stack([first.apply(e) for e in jnp.tile(jnp.eye(5), (1, first.size // 5))])
+    assert_close(type(first).from_columns(columns, first.size // 5).to_dense(), first.to_dense(), 0)
+    rows = jnp.arange(first.to_dense().shape[0], dtype=jnp.int32) - 2
+    mantissa, exponent = first.balanced()
+    moved, more = mantissa.shifted(rows)
+    rebuilt = np.asarray(moved.to_dense()) * np.exp2(exponent + more)
+    assert_close(rebuilt, np.exp2(rows)[:, None] * np.asarray(first.to_dense()), 1e-15)
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e140, 1e-140])
+@pytest.mark.parametrize("kind", ["Dense", "BlockDiagonal"])
+def test_every_tree_over_rectangular_maps(kind, scale):
+    """All shapes of tree over five maps of several widths; products that leave the range meet vectors that do not."""
+    from test_order import every_tree
+
+    from parscan import prefix
+
+    widths = (3, 5, 1, 4, 4, 2)
+    maps = rectangular(kind, widths)
+    maps = [type(m)(jax.tree.leaves(m)[0] * (scale if i % 2 == 0 else 1 / scale)) for i, m in enumerate(maps)]
+    random = np.random.default_rng(6)
+    chain = [Affine(m, None, jnp.asarray(random.standard_normal(m.to_dense().shape[0]) * (scale if i % 2 == 0 else 1))) for i, m in enumerate(maps)]
+    start = jnp.asarray(random.standard_normal(maps[0].size))
+    want, vector = [], start
+    for one in chain:
+        vector = one.matrix.to_dense() @ vector + one.offset
+        want.append(vector)
+    stacks = [prefix.Stack(1, lambda one=one: affine.scaled(jax.tree.map(lambda x: x[None], one))) for one in chain]
+    for tree in every_tree(0, 5):
+        got = prefix.ordered(stacks, tree, start, affine.apply, affine.then)
+        assert_close([g[0] for g in got], want, 1e-13)

@@ -118,3 +118,24 @@ def test_growth_by_a_constant_that_the_compiler_knows(method):
     alike = lambda h, _: (16 * h, h)
     tangent = jax.jvp(lambda h: parscan.scan(alike, h, None, length=128, method=METHODS[method])[0], (jnp.zeros(2),), (jnp.zeros(2),))[1]
     np.testing.assert_array_equal(tangent, [0.0, 0.0])
+
+
+# --- what a mask keeps out ---------------------------------------------------------------------------------------------------------
+
+TURN = jnp.asarray(0.3 * np.random.default_rng(0).standard_normal((3, 3)))
+MASKED = {
+    "sqrt of relu": lambda h, x: jnp.tanh(h @ TURN + jnp.sqrt(jax.nn.relu(h)) + x),
+    "sqrt of where": lambda h, x: jnp.tanh(h @ TURN + jnp.sqrt(jnp.where(h > 0, h, 0.0)) + x),
+    "sqrt of relu of a product": lambda h, x: jnp.sqrt(jax.nn.relu(h @ TURN + x)) - 0.5,
+    "a user's transpose": lambda h, x: jnp.tanh(lax.custom_linear_solve(lambda v: 2 * v, h, lambda mv, b: b / 2, lambda mv, b: b / 3) @ TURN + x),
+}
+
+
+@pytest.mark.parametrize("method", [*METHODS, "auto", "sequential"])
+@pytest.mark.parametrize("name", MASKED)
+def test_an_infinite_slope_behind_a_mask(name, method):
+    """Jacobians are formed in the direction of travel: 0 · inf, kept out one way, would be let in the other."""
+    start, inputs = -jnp.ones((4, 3)), -jnp.ones((20, 4, 3))
+    loss = lambda scan: lambda h, x: jnp.sum(scan(lambda h, x: (MASKED[name](h, x), None), h, x)[0] ** 2)
+    got = jax.grad(loss(lambda *a: parscan.scan(*a, method=METHODS.get(method, method))), (0, 1))(start, inputs)
+    assert_close(got, jax.grad(loss(lax.scan), (0, 1))(start, inputs), 1e-12)

@@ -378,3 +378,27 @@ def test_strict_promotion():
 def test_a_length_that_is_an_array():
     f = lambda h, _: (jnp.tanh(h), h)
     assert_close(parscan.scan(f, START, length=jnp.int32(3)), lax.scan(f, START, length=3), 0)
+
+
+def test_an_integer_that_vmap_does_not_batch():
+    f = lambda c, x: ((c[0] + 1, jnp.tanh(c[1] + x)), None)
+    run = lambda scan: jax.vmap(lambda h: scan(f, (0, h), jnp.ones((12, 4, 3)))[0], out_axes=(None, 0))(jnp.ones((2, 4, 3)))
+    assert_close(run(lambda *a: parscan.scan(*a, method="walk")), run(lax.scan), 1e-12)
+
+
+@pytest.mark.parametrize("method", ["tree", "lax"])
+def test_weakly_typed_cotangents_take_the_activations_dtype(method):
+    layer, weights = lambda p, h: jnp.tanh(h @ p), jnp.ones((5, 3, 3), jnp.bfloat16)
+    _, activations = parscan.forward(layer, weights, jnp.ones((4, 3), jnp.bfloat16))
+    ones = jnp.broadcast_to(1.0, activations.shape)
+    grads = parscan.parallel_backward(layer, weights, activations, None, layer_cotangents=ones, method=method)
+    assert grads.activations.dtype == jnp.bfloat16
+
+
+def test_gradients_of_different_plans_have_one_structure():
+    layer, weights = lambda p, h: jnp.tanh(h @ p), jnp.ones((12, 3, 3)) / 3
+    y, activations = parscan.forward(layer, weights, jnp.ones((4, 3)))
+    by = lambda method: parscan.parallel_backward(layer, weights, activations, y, method=method)
+    difference = jax.tree.map(jnp.subtract, by("tree"), by("walk"))
+    assert max(float(jnp.abs(leaf).max()) for leaf in jax.tree.leaves(difference)) < 1e-12
+    assert lax.cond(True, lambda: by("tree"), lambda: by("walk")).params.shape == weights.shape
