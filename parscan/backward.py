@@ -175,7 +175,7 @@ def _of_sequence(layers: Sequence[Any], params: Any, activations: Any, cotangent
         """c_lo … c_{hi-1}, stacked; absent ones are zero."""
         found = []
         for k, like in floats[lo]:
-            zero, some = jnp.zeros(checks.shape_of(like), checks.dtype_of(like)), [given.get(i) for i in range(lo, hi)]
+            zero, some = jnp.zeros_like(like, checks.dtype_of(like)), [given.get(i) for i in range(lo, hi)]
             present = any(c is not None for c in some)
             found.append(stack([zero if c is None else c[k] for c in some]) if present else jnp.zeros((hi - lo, *zero.shape), zero.dtype))
         return found
@@ -252,7 +252,7 @@ def _stacked_cotangents(cotangent: Any, layer_cotangents: Any, activations: Any)
     out = []
     for h, c, end in zip(states, every, last, strict=True):
         if checks.is_inexact(h):
-            total = jnp.zeros(checks.shape_of(h), checks.dtype_of(h)) if c is None else c
+            total = jnp.zeros_like(h, checks.dtype_of(h)) if c is None else c
             out.append(total if end is None else total.at[-1].add(end))
     return out
 

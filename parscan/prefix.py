@@ -110,7 +110,7 @@ def _halves(maps: Maps, reverse: bool) -> tuple[int, int, int, Maps, Maps]:
 def tree(maps: Maps, start: Value, apply: Apply, then: Then, *, reverse: bool = False, levels: int | None = None, walk: Callable = walk) -> Value:
     """Work-efficient prefix: neighbours are joined on the way up, values handed out on the way down.
 
-    C maps take C - 1 - log2(C) joins or fewer in less than log2(C) rounds, and as many rounds of `apply`, on stacked maps. No product
+    C maps take fewer than C joins in less than log2(C) rounds, and as many rounds of `apply`, on stacked maps. No product
     is made that no value needs: the journey's last map meets a vector only. After `levels` rounds the maps that remain are walked.
 
     Source: G. E. Blelloch, Prefix sums and their applications (1990); S. Wang, Y. Bai, G. Pekhimenko, BPPSA (MLSys 2020).

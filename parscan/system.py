@@ -286,7 +286,7 @@ def _swept(at: System, start: list[Array], offsets: list[list[Array]], *, transp
 
 
 def _vectors(layout: Layout, leaves: list[Array], count: int | None) -> Array:
-    return layout.to_vector(leaves) if leaves else jnp.zeros((0,) if count is None else (count, 0), layout.dtype)
+    return layout.to_vector(leaves) if layout.size else jnp.zeros((0,) if count is None else (count, 0), layout.dtype)
 
 
 def tangents(at: System, r: Unknowns) -> Unknowns:
