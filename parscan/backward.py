@@ -53,7 +53,8 @@ class Gradients:
 
     @classmethod
     def tree_unflatten(cls, static, children):
-        return cls(*children, static[0].value, static[1])
+        (params, activations), (plan, stacked) = children, static
+        return cls(params, activations, plan.value, stacked)
 
 
 class _Unseen:
@@ -201,7 +202,8 @@ def _listed_cotangents(cotangent: Any, layer_cotangents: Any, activations: Seque
     else:
         got = f"{len(layer_cotangents)} entries" if isinstance(layer_cotangents, Sequence) else type(layer_cotangents).__name__
         raise ValueError(
-            f"`layer_cotangents` must be a list of {last + 1} entries, None for absent ones, or a dict from the index of an activation to its cotangent; got {got}."
+            f"`layer_cotangents` must be a list of {last + 1} entries, None for absent ones, or a dict from the index of an activation to its cotangent; "
+            f"got {got}."
         )
     found = {i: _matching(f"layer_cotangents[{i}]", c, activations[i], f"`activations[{i}]`", checks.shape_of) for i, c in given.items() if c is not None}
     if cotangent is not None:
@@ -327,9 +329,7 @@ def _part(network: Network, stretch: Stretch) -> Part:
         return Part(network.recurrence(stretch), closed_over, False, True)
     by_jax = isinstance(stretch.plan.method, Lax) or not all(is_batchable(link.step.program) for link in links)
     layouts = layouts_of([(link.step.program, link.step.repeats) for link in links], "dense")
-    runs = tuple(
-        Run(link.step.program, a, b, link.step.count, link.step.repeats) for link, a, b in zip(links, layouts, layouts[1:], strict=False)
-    )
+    runs = tuple(Run(link.step.program, a, b, link.step.count, link.step.repeats) for link, a, b in zip(links, layouts, layouts[1:], strict=False))
     return Part(Recurrence(runs, Sequential()), closed_over, by_jax, False)
 
 
@@ -340,13 +340,15 @@ def _run(spec: Backward, consts: list[list], xs: list[list], states: list[list],
     for part in spec.parts:
         bounds.append(bounds[-1] + len(part.recurrence.runs))
     ends = [[leaf[-1] for leaf in some] if some and some[0].shape[0] else None for some in leaving]
-    found: list = []
+    found, entering = [], None
     for i, part in reversed(list(enumerate(spec.parts))):
         lo, hi = bounds[i], bounds[i + 1]
+        if entering is not None:  # what the stretch behind has accumulated takes the place of what was injected between the two
+            last = [leaf.at[-1].set(g) for leaf, g in zip(leaving[hi - 1], entering, strict=True)]
+            leaving = [*leaving[: hi - 1], last, *leaving[hi:]]
+        given = zip(part.recurrence.runs, consts[lo:hi], xs[lo:hi], states[lo:hi], part.closed_over, strict=True)
+        runs = [_linearised(run, c, x, h, closed) for run, c, x, h, closed in given]
         before = start if lo == 0 else ends[lo - 1] or []
-        if found:  # what the stretch behind has accumulated takes the place of what was injected between the two
-            leaving = [*leaving[: hi - 1], [leaf.at[-1].set(g) for leaf, g in zip(leaving[hi - 1], entering, strict=True)], *leaving[hi:]]
-        runs = [_linearised(run, c, x, h, closed) for run, c, x, h, closed in zip(part.recurrence.runs, consts[lo:hi], xs[lo:hi], states[lo:hi], part.closed_over, strict=True)]
         entering, some = (_by_jax if part.by_jax else _by_system)(part, runs, before, leaving[lo:hi])
         found = some + found
     return [run.consts for run in found], [run.xs for run in found], entering, [run.states for run in found]

@@ -8,11 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeGuard
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import Array, lax
 
 from parscan import checks
@@ -136,7 +135,7 @@ def is_shareable(entry: Any) -> bool:
     return any(hasattr(leaf, "dtype") for leaf in jax.tree.leaves(entry))
 
 
-def is_sequence(layers: Any) -> bool:
+def is_sequence(layers: Any) -> TypeGuard[Sequence[Any]]:
     """Whether `layers` is a sequence of layers rather than one."""
     return isinstance(layers, (list, tuple)) and not callable(layers)
 

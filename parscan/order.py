@@ -20,6 +20,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
@@ -29,7 +30,8 @@ SHORT = 8  # stacks of fewer equal maps are taken apart
 SLACK = 1.02  # arithmetic beyond the balanced tree's at which longer ones are taken apart, too: each part is one more batch of small products
 
 
-class Unit(NamedTuple):
+@dataclass(frozen=True)
+class Unit:
     """Maps first … first + count - 1 of stack `stack`, in the order of travel."""
 
     stack: int
@@ -258,12 +260,12 @@ class _Search:
     def _retraced(self, goal: str, a: int, b: int, at: int, by: int) -> Node:
         if b == a + 1:
             return self.parts[a]
-        best = (np.inf,)
+        found = []
         for kind, m, cost in self._candidates(a, b):
             if (kind == "need") == (goal == "need"):
                 h1, t = np.unravel_index(cost[at, :, : by + 1].argmin(), cost[at, :, : by + 1].shape)
-                best = min(best, (cost[at, h1, t], kind, m, int(h1), int(t)), key=lambda found: found[0])
-        _, kind, m, h1, t = best
+                found.append((float(cost[at, h1, t]), kind, m, int(h1), int(t)))
+        _, kind, m, h1, t = min(found)
         if kind == "walked":
             return Join(self._retraced("only", a, m, at, h1), self._retraced("only", m, b, h1, t), walked=True)
         second = ("need", t - 1) if kind == "need" else ("only", t)

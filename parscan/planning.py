@@ -10,7 +10,7 @@ from typing import NamedTuple
 import jax
 
 from parscan.jaxprs import Program, flops, obstacle
-from parscan.methods import Associative, Chunked, Lax, Method, Sequential, Tree, Walk
+from parscan.methods import Associative, Chunked, Lax, Method, Tree, Walk
 from parscan.order import ordered
 from parscan.structure import Claim, Layout, kind_of, layouts_of
 
@@ -52,7 +52,8 @@ class Plan:
         return hash((self.kind, tuple(self.blocks.items()), self.method, self.reason, self.length, self.runs))
 
 
-class Step(NamedTuple):
+@dataclass(frozen=True)
+class Step:
     """Equal layers of a chain: a program, how many there are, and whether they are a loop (else a single layer, which may change the state)."""
 
     program: Program
@@ -171,7 +172,7 @@ def _planned(steps: Sequence[Step], place: slice, method: Method, reason: str, c
         return _handed_over(steps, place, fallback, "nothing in the state is differentiable")
     runs = tuple(step.count for step in some)
     blocks, width = max(layout.blocks for layout in layouts if layout.size), max(layout.width for layout in layouts)
-    sizes = sized(method, max(runs) if len(runs) > 1 else runs[0], blocks, width)
+    sizes = sized(method, max(runs), blocks, width)
     plan = Plan(kind_of(layouts).__name__, {width: blocks}, sizes, reason, sum(runs), runs)
     if len(runs) > 1 and isinstance(sizes, (Tree, Associative)):
         found = ordered(runs[::-1], tuple(layout.width for layout in layouts)[::-1], blocks)
@@ -197,9 +198,12 @@ def _of_layers(plan: Plan) -> str:
     said = ""
     if len(plan.runs) > 1:
         batched = [f"{count} equal neighbours" for count in plan.runs if count > 1]
-        said += f"; {plan.length} layers in {len(plan.runs)} runs" + (f", {', '.join(batched[:3])}{', …' if len(batched) > 3 else ''} batched" if batched else "")
+        said += f"; {plan.length} layers in {len(plan.runs)} runs" + (
+            f", {', '.join(batched[:3])}{', …' if len(batched) > 3 else ''} batched" if batched else ""
+        )
     if plan.balanced_flops:
-        said += f"; order of products: {plan.flops} FLOPs where the balanced tree takes {plan.balanced_flops}, {1 - plan.flops / plan.balanced_flops:.0%} saved"
+        saved = 1 - plan.flops / plan.balanced_flops
+        said += f"; order of products: {plan.flops} FLOPs where the balanced tree takes {plan.balanced_flops}, {saved:.0%} saved"
     return said
 
 

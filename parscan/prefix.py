@@ -12,7 +12,8 @@ coverage and depth without a float.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any
 
 import jax
 from jax import lax
@@ -139,7 +140,8 @@ def associative(maps: Maps, start: Value, apply: Apply, then: Then, *, reverse: 
     return apply(prefixes, jax.tree.map(lambda s: s[None], start))
 
 
-class Stack(NamedTuple):
+@dataclass(frozen=True)
+class Stack:
     """Equal maps of a chain whose maps differ elsewhere.
 
     count: how many.

@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import jax
@@ -129,7 +128,7 @@ def _differentiable(spec: Recurrence) -> tuple[Callable, Callable]:
         return outs[:2], dots[:2]
 
     for function, rule in ((run, shorter), (stored, derivative)):
-        rule.depends_on = (function.__name__, spec)  # for `parscan.jaxprs`: all that this rule is made of
+        rule.depends_on = (function.__name__, spec)  # pyright: ignore[reportFunctionMemberAccess]  # for `parscan.jaxprs`: all that this rule is made of
         function.defjvp(rule, symbolic_zeros=True)
     return run, stored
 

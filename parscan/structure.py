@@ -234,7 +234,9 @@ def _claimed_size(structure: Claim, states: Sequence[Sequence[Any]]) -> tuple[li
                 f"`structure={structure!r}` does not fit: it needs as many coordinates before as after every layer; got {', '.join(map(str, totals))}. "
                 "Use 'auto', 'dense' or parscan.Blocks(axis=...)."
             )
-    raveled = [tuple(Part((i,), (tuple(range(len(a.shape))),), math.prod(a.shape), (1,)) for i, a in enumerate(state) if math.prod(a.shape)) for state in states]
+    raveled = [
+        tuple(Part((i,), (tuple(range(len(a.shape))),), math.prod(a.shape), (1,)) for i, a in enumerate(state) if math.prod(a.shape)) for state in states
+    ]
     return raveled, [width or None for width in widths]
 
 

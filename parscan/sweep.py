@@ -233,6 +233,7 @@ class Fold:
     def extend(self, step: tuple[Any, Array], maps: Affine) -> Affine:
         data, offset = step
         columns = jax.vmap(jax.vmap(self.one, (None, 0)))(data, maps.matrix.columns)
+        assert maps.exponent is not None  # `identity` gave it
         matrix, exponent = affine.renormalised(_Columns(columns), maps.exponent)
         return Affine(matrix, exponent, jax.vmap(self.one)(data, maps.offset) + offset)
 

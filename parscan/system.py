@@ -16,6 +16,7 @@ A chain is a sequence of *runs*: a recurrence is one run of equal steps, a netwo
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -51,7 +52,8 @@ class Unknowns(NamedTuple):
     runs: list[RunUnknowns]
 
 
-class Linearised(NamedTuple):
+@dataclass(frozen=True, eq=False)
+class Linearised:
     """A run of equal steps at its stored states, and what of it is differentiated.
 
     program: the step; its carry leaves that are not floating-point are constants here.
@@ -133,8 +135,8 @@ class Linearised(NamedTuple):
             way, data, form = min(ways, key=lambda way: flops(jax.make_jaxpr(way[2])(way[1])))
             return data, form if way == transposed else lambda data: form(data).transpose()
 
-        widths = (self.before.width, self.after.width)
-        return Chain(lambda: crossing(transposed), cheaper, blocks, widths[:: -1 if transposed else 1], kind)
+        widths = (ends[transposed].width, ends[not transposed].width)
+        return Chain(lambda: crossing(transposed), cheaper, blocks, widths, kind)
 
     # --- all steps ----------------------------------------------------------------------------------------------------
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any, NamedTuple
 
 import jax
@@ -34,12 +35,12 @@ def layer(make, before, after):
 
 def mlp(dtype):
     make, widths = arrays(dtype), [12, 9, 7, 5, 3, 2]
-    return Network([dense] * 5, [layer(make, a, b) for a, b in zip(widths, widths[1:], strict=False)], make(3, 12))
+    return Network([dense] * 5, [layer(make, a, b) for a, b in itertools.pairwise(widths)], make(3, 12))
 
 
 def autoencoder(dtype):
     make, widths = arrays(dtype), [8, 4, 1, 4, 8]
-    return Network([dense] * 4, [layer(make, a, b) for a, b in zip(widths, widths[1:], strict=False)], make(2, 8))
+    return Network([dense] * 4, [layer(make, a, b) for a, b in itertools.pairwise(widths)], make(2, 8))
 
 
 def dict_to_tuple_to_array(dtype):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -123,7 +125,7 @@ def test_alternating_extreme_steps_cancel():
 def rectangular(kind, widths, scale=1.0):
     """Maps between vectors of these widths, in two blocks if there are blocks."""
     random = np.random.default_rng(5)
-    shapes = [(b, a) if kind == "Dense" else (2, b, a) for a, b in zip(widths, widths[1:], strict=False)]
+    shapes = [(b, a) if kind == "Dense" else (2, b, a) for a, b in itertools.pairwise(widths)]
     return [KINDS[kind](jnp.asarray(scale * random.standard_normal(shape))) for shape in shapes]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -208,7 +209,8 @@ def test_equal_neighbours_are_traced_once_and_batched():
 def test_functions_of_equal_equations_are_batched_and_others_are_not():
     make = arrays("float64")
     alike = [lambda w, h: jnp.tanh(h @ w) for _ in range(5)]
-    close_over = [lambda w, h, v=make(4): jnp.tanh(h @ w + v) for _ in range(3)]  # each its own array
+    closing_over = lambda v: lambda w, h: jnp.tanh(h @ w + v)
+    close_over = [closing_over(make(4)) for _ in range(3)]  # each its own array
     assert parscan.plan(alike + close_over, [make(4, 4) for _ in range(8)], [make(2, 4)]).runs == (5, 1, 1, 1)
 
 
@@ -298,7 +300,7 @@ def test_wide_layers_are_crossed_by_a_product_with_the_vector():
     assert [type(p.method) for p in plan.stretches] == [parscan.Chunked, parscan.Sequential, parscan.Chunked]
     assert [p.runs for p in plan.stretches] == [(100, 1), (1,), (1, 100)]
     wide = [784, 512, 256, 128, 10]
-    plain_mlp = Network([dense] * 4, [layer(make, a, b) for a, b in zip(wide, wide[1:], strict=False)], make(8, 784))
+    plain_mlp = Network([dense] * 4, [layer(make, a, b) for a, b in itertools.pairwise(wide)], make(8, 784))
     for platform in ("cpu", "gpu"):
         assert isinstance(on(platform, plain_mlp).method, parscan.Sequential)
 
