@@ -1,18 +1,17 @@
-"""Trains a recurrent classifier on real power-consumption series (ACSF1), with `jax.lax.scan` and with `parscan.scan`.
+"""Trains on real data, once by JAX's own backward pass and once by parscan's, from the same weights on the same batches.
 
-Both runs start from the same weights and see the same batches; `logits` is where one scan takes the other's place.
+Two tasks: `sequence`, a recurrent classifier of power-consumption series (ACSF1), where `parscan.scan` takes the place of `jax.lax.scan`
+(`logits`), and `deep`, a residual classifier of images (digits) with one layer after another through `parscan.chain` (`class_scores`).
 """
 
 from __future__ import annotations
 
-import json
-import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import partial
+from functools import partial, reduce
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NoReturn
 
 import jax
 import jax.numpy as jnp
@@ -28,32 +27,24 @@ try:
     import click
     import optax
     from matplotlib.axes import Axes
+    from matplotlib.colors import LogNorm
     from matplotlib.figure import Figure
-    from tqdm import tqdm
+    from training import CLASSES, STYLES, Params, Run, Split, cross_entropy, make_folder, publish, train
 except ModuleNotFoundError as missing:
     raise SystemExit(f"Error: {missing.name} is missing: {INSTALL}") from None
 
-SERIES, CLASSES = 100, 10  # of each half of ACSF1
+SERIES = 100  # of each half of ACSF1
+PIXELS, SEEN = 64, 1437  # of 1797 images; the other 360 are to test with
 CLIP = 1.0  # gradients of a chain this long explode now and then: their global norm is cut to this
-EVALUATIONS = 20
-# Okabe and Ito's colours, told apart by every kind of colour vision; dashes and widths differ too.
-STYLES = {"lax": ("#E69F00", "-", 5.0), "parscan": ("#0072B2", "--", 2.0)}
+GLANCES = 100  # how often in a run the norms of the gradients are taken
 
-Params = dict[str, Array]
 Scan = Callable[..., tuple[Any, Any]]
 
 
 # --- data ----------------------------------------------------------------------------------------------------------------
 
 
-class Split(NamedTuple):
-    """Time-major features (1460, series, 2) and the class of each series."""
-
-    features: Array
-    labels: Array
-
-
-def load(split: str) -> Split:
+def load_series(split: str) -> Split:
     """`"train"` or `"test"`: each series standardised, with its differences; `arcsinh` tames the spikes of switching on and off."""
     try:
         from aeon.datasets import load_acsf1
@@ -68,18 +59,20 @@ def load(split: str) -> Split:
     return Split(jnp.asarray(features.swapaxes(0, 1), jnp.float32), jnp.asarray(labels.astype(np.int32)))
 
 
-def batches(data: Split, size: int, steps: int, seed: int) -> Iterator[Split]:
-    """`steps` batches of `size` series; each epoch in a new order, its incomplete last batch left out."""
-    shuffle = np.random.default_rng(seed).permutation
-    order = np.empty(0, np.int64)
-    for _ in range(steps):
-        if len(order) < size:
-            order = shuffle(len(data.labels))
-        chosen, order = order[:size], order[size:]
-        yield Split(data.features[:, chosen], data.labels[chosen])
+def load_images() -> tuple[Split, Split]:
+    """Training and test images, pixels from -1 to 1; always the same shuffle."""
+    try:
+        from sklearn.datasets import load_digits
+    except ImportError:
+        raise click.ClickException(f"digits comes with scikit-learn, which is missing: {INSTALL}") from None
+    pixels, labels = load_digits(return_X_y=True)
+    order = np.random.default_rng(0).permutation(len(labels))
+    features = jnp.asarray(pixels[order] / 8 - 1, jnp.float32)
+    classes = jnp.asarray(labels[order].astype(np.int32))
+    return Split(features[:SEEN], classes[:SEEN]), Split(features[SEEN:], classes[SEEN:])
 
 
-# --- model ---------------------------------------------------------------------------------------------------------------
+# --- sequence: the model -------------------------------------------------------------------------------------------------
 
 
 def gru(h: Array, x: Array, recurrent: Array) -> Array:
@@ -127,145 +120,102 @@ def logits(scan: Scan, cell: str, params: Params, features: Array) -> Array:
     return pooled @ params["readout"] + params["offset"]
 
 
-# --- training ------------------------------------------------------------------------------------------------------------
+# --- deep: the model -----------------------------------------------------------------------------------------------------
+
+
+def affine(p: Params, h: Array) -> Array:
+    """The first layer, from the pixels to the width, and the last, to the classes."""
+    return h @ p["w"] + p["b"]
+
+
+def block(scale: float, p: Params, h: Array) -> Array:
+    """A residual layer."""
+    return h + scale * jnp.tanh(h @ p["w"] + p["b"])
+
+
+def network(count: int) -> list[Callable[[Params, Array], Array]]:
+    """All layers: `count` - 2 blocks between the embedding and the head. The branches are scaled so that their random sum does not grow with depth."""
+    return [affine, *[partial(block, (count - 2) ** -0.5)] * (count - 2), affine]
+
+
+def initial_network(key: Array, count: int, width: int) -> Params:
+    """The blocks' weights stacked: an optimiser of a few large arrays compiles in seconds, one of 512 small ones in minutes."""
+    first, between, last = jax.random.split(key, 3)
+    return {
+        "embed": {"w": jax.random.normal(first, (PIXELS, width)) / np.sqrt(PIXELS), "b": jnp.zeros(width)},
+        "blocks": {"w": jax.random.normal(between, (count - 2, width, width)) / np.sqrt(width), "b": jnp.zeros((count - 2, width))},
+        "head": {"w": jax.random.normal(last, (width, CLASSES)) / np.sqrt(width), "b": jnp.zeros(CLASSES)},
+    }
+
+
+def one_by_one(params: Params) -> list[Params]:
+    """One entry a layer, as `parscan.chain` takes them."""
+    weights, biases = (jnp.unstack(params["blocks"][name]) for name in "wb")
+    return [params["embed"], *({"w": w, "b": b} for w, b in zip(weights, biases, strict=True)), params["head"]]
+
+
+def class_scores(backward: str, method: str, count: int, params: Params, features: Array) -> Array:
+    """Scores (images, classes), by a loop over the stacked blocks or by a chain of all layers."""
+    layers = network(count)
+    if backward == "parscan":
+        return parscan.chain(layers, method=method)(one_by_one(params), features)
+    h, _ = lax.scan(lambda h, p: (layers[1](p, h), None), affine(params["embed"], features), params["blocks"])
+    return affine(params["head"], h)
 
 
 @dataclass
-class Run:
-    """Training with one scan: its weights and what was measured.
+class Norms:
+    """The norm of the gradient accumulated at each of h_0 … h_L, the pixels to the scores, for a run's weights and batches.
 
     Attributes:
-        losses: cross-entropy of each batch before its update, nats.
-        seconds: how long each update took; the first includes compilation.
-        accuracies: (step, of the training series, of the test series), fractions.
+        steps: the optimiser steps before whose update they were taken.
+        values: for each of these steps (L + 1,), the batch and the width taken together.
     """
 
-    name: str
-    scores: Callable[[Params, Array], Array]
-    optimizer: optax.GradientTransformation
-    params: Params
-    losses: list[float] = field(default_factory=list)
-    seconds: list[float] = field(default_factory=list)
-    accuracies: list[tuple[int, float, float]] = field(default_factory=list)
+    run: Run
+    every: int
+    of: Callable[[Params, Split], Array]
+    steps: list[int] = field(default_factory=list)
+    values: list[np.ndarray] = field(default_factory=list)
 
-    def __post_init__(self) -> None:
-        self.state = self.optimizer.init(self.params)
-        self._update = jax.jit(self._updated)
-        self._accuracy = jax.jit(lambda params, data: (self.scores(params, data.features).argmax(axis=-1) == data.labels).mean())
-
-    def _updated(self, params: Params, state: optax.OptState, batch: Split) -> tuple[Any, optax.OptState, Array]:
-        def loss_of(params: Params) -> Array:
-            return optax.softmax_cross_entropy_with_integer_labels(self.scores(params, batch.features), batch.labels).mean()
-
-        loss, gradient = jax.value_and_grad(loss_of)(params)
-        updates, state = self.optimizer.update(gradient, state, params)
-        return optax.apply_updates(params, updates), state, loss
-
-    def step(self, batch: Split) -> None:
-        """One timed update."""
-        begun = time.perf_counter()
-        self.params, self.state, loss = jax.block_until_ready(self._update(self.params, self.state, batch))
-        self.seconds.append(time.perf_counter() - begun)
-        self.losses.append(float(loss))
-        if not np.isfinite(loss):
-            raise click.ClickException(f"{self.name}: the loss is {loss} after {len(self.losses)} steps: try a smaller --learning-rate")
-
-    def evaluate(self, train: Split, test: Split) -> None:
-        """Notes the accuracy on all series of both halves."""
-        self.accuracies.append((len(self.losses), float(self._accuracy(self.params, train)), float(self._accuracy(self.params, test))))
+    def __call__(self, count: int, batch: Split) -> None:
+        """Notes the first step's, then every so many."""
+        if count % self.every == 0 or count == 1:
+            self.steps.append(count)
+            self.values.append(np.asarray(self.of(self.run.params, batch)))
 
 
-def train(runs: list[Run], data: Split, unseen: Split, batch: int, steps: int, seed: int) -> None:
-    """Feeds every run the same batches, turn by turn, so that a busy machine slows all of them alike."""
-    every = max(1, steps // EVALUATIONS)
-    with tqdm(total=steps, unit="step", dynamic_ncols=True) as bar:
-        for count, chosen in enumerate(batches(data, batch, steps, seed), start=1):
-            for run in runs:
-                run.step(chosen)
-                if count % every == 0 or count == steps:
-                    run.evaluate(data, unseen)
-            bar.update()
-            bar.set_postfix({run.name: f"{run.losses[-1]:.3f}" for run in runs})
+def gradient_norms(method: str, count: int, params: Params, batch: Split) -> Array:
+    """‖∂loss/∂h_i‖ for i = 0 … L, from stored activations."""
+    layers, entries = network(count), one_by_one(params)
+    scores, activations = parscan.forward(layers, entries, batch.features, method=method)
+    grads = parscan.parallel_backward(layers, entries, activations, jax.grad(cross_entropy)(scores, batch.labels), method=method)
+    return jnp.stack([jnp.linalg.norm(g) for g in grads.activations])
 
 
-# --- report --------------------------------------------------------------------------------------------------------------
-
-
-def summary(run: Run) -> dict[str, float]:
-    """The figures of one run: times, the mean loss of the last tenth of the steps, the accuracies at the end."""
-    _, train_accuracy, test_accuracy = run.accuracies[-1]
-    return {
-        "first_call_s": run.seconds[0],
-        "median_step_ms": 1e3 * float(np.median(run.seconds[1:])) if run.seconds[1:] else float("nan"),
-        "loss": float(np.mean(run.losses[-max(1, len(run.losses) // 10) :])),
-        "train_accuracy": train_accuracy,
-        "test_accuracy": test_accuracy,
-    }
-
-
-def comparison(one: Run, other: Run) -> dict[str, float]:
-    """How far apart two loss curves are, and how many times as long a step of `one` takes."""
-    first, second = np.array(one.losses), np.array(other.losses)
-    apart = np.abs(first - second)
-    return {
-        "largest_loss_difference": float(apart.max()),
-        "largest_relative_loss_difference": float((apart / first).max()),
-        "largest_loss_difference_in_first_quarter": float(apart[: -(-len(apart) // 4)].max()),
-        "step_time_ratio": summary(one)["median_step_ms"] / summary(other)["median_step_ms"],
-    }
-
-
-def report(figures: dict[str, Any]) -> str:
-    """The figures as a table, and below it the comparison."""
-    lines = [f"{'backward':<10}{'first call':>12}{'median step':>14}{'loss':>9}{'train':>10}{'test':>10}"]
-    for name, run in figures["runs"].items():
-        times = f"{run['first_call_s']:>10.2f} s{run['median_step_ms']:>11.1f} ms"
-        lines.append(f"{name:<10}{times}{run['loss']:>9.3f}{run['train_accuracy']:>10.1%}{run['test_accuracy']:>10.1%}")
-    if both := figures.get("comparison"):
-        lines += [
-            "",
-            f"largest difference of the loss curves: {both['largest_loss_difference']:.1e}, relative to the loss"
-            f" {both['largest_relative_loss_difference']:.1e};"
-            f" in the first quarter of the steps {both['largest_loss_difference_in_first_quarter']:.1e}",
-            f"step time, lax.scan / parscan.scan: {both['step_time_ratio']:.2f}",
-        ]
-    return "\n".join(lines)
-
-
-def smoothed(values: list[float], window: int) -> tuple[np.ndarray, np.ndarray]:
-    """Running means, and the steps at which their windows end."""
-    window = min(window, len(values))
-    return np.arange(window, len(values) + 1), np.convolve(values, np.ones(window) / window, mode="valid")
-
-
-def draw(runs: list[Run], path: Path) -> None:
-    """Learning curves: the loss of the batches, and the accuracy on all series of both halves."""
-    figure = Figure(figsize=(11, 4.6), layout="constrained")
-    loss, accuracy = figure.subplots(1, 2)
-    for run in runs:
-        colour, dashes, thickness = STYLES[run.name]
-        style = {"color": colour, "linestyle": dashes, "linewidth": thickness}
-        loss.plot(*smoothed(run.losses, 25), label=f"{run.name}.scan", **style)
-        steps, *fractions = zip(*run.accuracies, strict=True)
-        for marker, fill, split, values in zip("os", (colour, "white"), ("train", "test"), fractions, strict=True):
-            points = {"marker": marker, "markersize": 7, "markerfacecolor": fill, "markeredgewidth": 1.5}
-            accuracy.plot(steps, 100 * np.array(values), label=f"{run.name}, {split}", **points, **style)
-    accuracy.axhline(100 / CLASSES, color="#555555", linestyle=":", linewidth=2)
-    accuracy.annotate("chance", (1, 100 / CLASSES), (-4, 5), ("axes fraction", "data"), "offset points", ha="right", fontsize=13)
-    accuracy.set_ylim(0, 105)
-    finish(loss, "cross-entropy (nats)", title="mean of 25 batches")
-    finish(accuracy, "accuracy (%)", ncols=len(runs), loc="upper left")
+def draw_norms(norms: Norms, path: Path) -> None:
+    """Every layer at every step that was noted: the norms, and how they grow or shrink on the way back from the scores."""
+    figure = Figure(figsize=(13, 6), layout="constrained")
+    left, right = figure.subplots(1, 2, sharey=True)
+    values = np.array(norms.values).T
+    colour(left, norms.steps, values, "‖gradient at layer‖")
+    colour(right, norms.steps, values / np.maximum(values[-1], np.finfo(np.float32).tiny), "‖gradient at layer‖ / ‖at the scores‖")
+    left.set_ylabel(f"layer (0: pixels, {len(values) - 1}: scores)", fontsize=18)
     figure.savefig(path, dpi=150)
 
 
-def finish(axes: Axes, quantity: str, **legend: Any) -> None:
-    """Labels and a legend large enough for a figure shown at half its width."""
-    axes.set_xlabel("optimiser steps", fontsize=15)
-    axes.set_ylabel(quantity, fontsize=15)
-    axes.tick_params(labelsize=14)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.grid(alpha=0.3)
-    axes.legend(fontsize=13, title_fontsize=13, frameon=False, **legend)
+def colour(axes: Axes, steps: list[int], values: np.ndarray, quantity: str) -> None:
+    """Layers upwards, steps to the right; the colours a logarithm, but for the smallest half per cent."""
+    positive = values[values > 0]
+    low, high = np.quantile(positive, (0.005, 1)) if positive.size else (0.5, 1)
+    scale = LogNorm(min(low, high / 10), high)
+    edges = np.append(steps, 2 * steps[-1] - steps[-2] if len(steps) > 1 else steps[-1] + 1)
+    picture = axes.pcolormesh(edges, np.arange(len(values) + 1) - 0.5, values, norm=scale, cmap="viridis", rasterized=True)
+    bar = axes.figure.colorbar(picture, ax=axes, location="top", extend="min")
+    bar.set_label(quantity, fontsize=18, labelpad=12)
+    for some in (axes, bar.ax):
+        some.tick_params(labelsize=17)
+    axes.set_xlabel("optimiser steps", fontsize=18)
 
 
 # --- command line --------------------------------------------------------------------------------------------------------
@@ -292,17 +242,59 @@ class Real(OneLine, click.FloatRange):
     """A number in a range."""
 
 
-@click.command(context_settings={"show_default": True, "help_option_names": ["-h", "--help"]})
+class Tasks(click.Group):
+    """Options without a task are those of the first one."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        if not args or (args[0].startswith("-") and args[0] not in ctx.help_option_names):
+            args = ["sequence", *args]
+        if not args[0].startswith("-") and args[0] not in self.commands:
+            raise OutOfRange(f"no task {args[0]!r}; there are {' and '.join(self.commands)}")
+        return super().parse_args(ctx, args)
+
+
+def options(width: int, batch: int, examples: int, steps: int, learning_rate: float, files: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """What every task takes, with its own defaults."""
+    every = [
+        click.option("--width", type=Whole(min=1), default=width, help="Size of the hidden state: the Jacobians are width × width."),
+        click.option("--batch", type=Whole(1, examples), default=batch, help=f"Examples in a batch, out of {examples}."),
+        click.option("--steps", type=Whole(min=1), default=steps, help="Optimiser steps."),
+        click.option("--learning-rate", type=Real(min=0, min_open=True), default=learning_rate, help="Adam's, at the start; it decays to 0 along a cosine."),
+        click.option("--seed", type=Whole(0, 2**31 - 1), default=0, help="Draws the initial weights and the batches."),
+        click.option("--backward", type=click.Choice([*STYLES, "both"]), default="both", help="Whose backward pass to train with; both take turns."),
+        click.option("--method", type=click.Choice(["auto", *BY_NAME]), default="auto", help="parscan's method for the backward pass."),
+        click.option("--out", type=click.Path(file_okay=False, path_type=Path), default=Path("out/train"), help=f"Folder of {files}."),
+    ]
+    return lambda command: reduce(lambda inner, option: option(inner), reversed(every), command)
+
+
+@click.group(cls=Tasks, context_settings={"show_default": True, "help_option_names": ["-h", "--help"]})
+def main() -> None:
+    """Train a network twice from the same weights, by JAX's own backward pass and by parscan's.
+
+    \b
+    sequence   a recurrent network on power-consumption series (ACSF1), a chain of 1460
+               time steps: jax.lax.scan against parscan.scan. The task if none is named.
+    deep       a residual network of 512 narrow layers on images of handwritten digits:
+               jax.lax.scan over stacked blocks against parscan.chain over a list of
+               layers, the first and the last of other widths.
+
+    Either prints loss, accuracy, the time of the first call (compilation included), the median time of a step after it
+    and how far apart the two learning curves are, and writes figures and pictures to --out. Each task has a --help.
+
+    \b
+    Examples:
+      python scripts/train.py                         # sequence, about a minute on two CPU cores
+      python scripts/train.py --steps 50 --cell rnn   # sequence
+      python scripts/train.py deep                    # about a minute too
+      python scripts/train.py deep --layers 1000 --steps 300
+    """
+
+
+@main.command(short_help="Power-consumption series, a recurrent network.")
 @click.option("--cell", type=click.Choice(list(CELLS)), default="gru", help="Recurrent cell.")
-@click.option("--width", type=Whole(min=1), default=8, help="Size of the hidden state: the Jacobians are width × width.")
-@click.option("--batch", type=Whole(1, SERIES), default=16, help="Series in a batch, out of 100.")
-@click.option("--steps", type=Whole(min=1), default=400, help="Optimiser steps.")
-@click.option("--learning-rate", type=Real(min=0, min_open=True), default=0.01, help="Adam's, at the start; it decays to 0 along a cosine.")
-@click.option("--seed", type=Whole(0, 2**31 - 1), default=0, help="Draws the initial weights and the batches.")
-@click.option("--backward", type=click.Choice([*STYLES, "both"]), default="both", help="The scan to train with; both take turns.")
-@click.option("--method", type=click.Choice(["auto", *BY_NAME]), default="auto", help="parscan.scan's method for the backward pass.")
-@click.option("--out", type=click.Path(file_okay=False, path_type=Path), default=Path("out/train"), help="Folder of train.png, train.json.")
-def main(cell: str, width: int, batch: int, steps: int, learning_rate: float, seed: int, backward: str, method: str, out: Path) -> None:
+@options(8, 16, SERIES, 400, 0.01, "train.png, train.json")
+def sequence(cell: str, width: int, batch: int, steps: int, learning_rate: float, seed: int, backward: str, method: str, out: Path) -> None:
     """Train a recurrent network to tell apart ten kinds of household appliances by their power consumption.
 
     The data are ACSF1: 100 series to train on and 100 to test with, each a chain of 1460 time steps. The network is
@@ -316,31 +308,52 @@ def main(cell: str, width: int, batch: int, steps: int, learning_rate: float, se
       python scripts/train.py --steps 50 --cell rnn
       python scripts/train.py --backward parscan --method chunked --width 16
     """
-    train_split, test_split = load("train"), load("test")
+    seen, unseen = load_series("train"), load_series("test")
     make_folder(out)
-    optimizer = optax.chain(optax.clip_by_global_norm(CLIP), optax.adam(optax.cosine_decay_schedule(learning_rate, steps)))
-    params = initial(jax.random.key(seed), cell, train_split.features.shape[-1], width)
+    params = initial(jax.random.key(seed), cell, seen.features.shape[-1], width)
     scans: dict[str, Scan] = {"lax": lax.scan, "parscan": partial(parscan.scan, method=method)}
-    names = list(scans) if backward == "both" else [backward]
-    runs = [Run(name, partial(logits, scans[name], cell), optimizer, params) for name in names]
-    train(runs, train_split, test_split, batch, steps, seed)
-
-    figures: dict[str, Any] = {"settings": click.get_current_context().params | {"out": str(out), "platform": jax.default_backend()}}
-    figures["runs"] = {run.name: summary(run) for run in runs}
-    if len(runs) == 2:
-        figures["comparison"] = comparison(*runs)
-    click.echo(report(figures))
-    draw(runs, out / "train.png")
-    (out / "train.json").write_text(json.dumps(figures, indent=2) + "\n")
-    click.echo(f"\nwrote {out / 'train.png'} and {out / 'train.json'}")
+    labels = {"lax": "lax.scan", "parscan": "parscan.scan"}
+    runs = [Run(name, labels[name], partial(logits, scans[name], cell), adam(learning_rate, steps), params) for name in chosen(backward)]
+    train(runs, seen, unseen, batch, steps, seed)
+    publish(runs, click.get_current_context().params, out / "train.png", out / "train.json")
 
 
-def make_folder(path: Path) -> None:
-    """Before training, lest its figures find no place."""
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise click.ClickException(f"--out: {error}") from None
+@main.command(short_help="Handwritten digits, a deep residual network.")
+@click.option("--layers", type=Whole(min=3), default=512, help="Layers, among them the embedding and the head.")
+@options(16, 4, SEEN, 2000, 0.001, "deep.png, deep_gradients.png, deep.json")
+def deep(layers: int, width: int, batch: int, steps: int, learning_rate: float, seed: int, backward: str, method: str, out: Path) -> None:
+    """Train a very deep and narrow residual network to read handwritten digits.
+
+    The data are scikit-learn's digits: 1797 images of 8 × 8 pixels, 1437 to train on and 360 to test with. An embedding
+    takes the 64 pixels to the width, residual blocks follow, a head gives scores for ten classes: 512 layers in all.
+    The network is trained by jax.lax.scan over the stacked blocks, by parscan.chain over the list of all layers, or by
+    both from the same weights. The learning curves are drawn to deep.png, the figures go to deep.json. The norm of the
+    gradient that is accumulated at every layer, by parscan.parallel_backward, is drawn over the steps to
+    deep_gradients.png.
+
+    \b
+    Examples:
+      python scripts/train.py deep                    # both, about a minute on two CPU cores
+      python scripts/train.py deep --layers 1000 --steps 300
+      python scripts/train.py deep --backward parscan --method chunked
+    """
+    seen, unseen = load_images()
+    make_folder(out)
+    params = initial_network(jax.random.key(seed), layers, width)
+    labels = {"lax": "lax.scan", "parscan": "parscan.chain"}
+    runs = [Run(name, labels[name], partial(class_scores, name, method, layers), adam(learning_rate, steps), params) for name in chosen(backward)]
+    norms = Norms(runs[-1], max(1, steps // GLANCES), jax.jit(partial(gradient_norms, method, layers)))
+    train(runs, seen, unseen, batch, steps, seed, norms)
+    draw_norms(norms, out / "deep_gradients.png")
+    publish(runs, click.get_current_context().params, out / "deep.png", out / "deep.json", out / "deep_gradients.png")
+
+
+def adam(learning_rate: float, steps: int) -> optax.GradientTransformation:
+    return optax.chain(optax.clip_by_global_norm(CLIP), optax.adam(optax.cosine_decay_schedule(learning_rate, steps)))
+
+
+def chosen(backward: str) -> list[str]:
+    return list(STYLES) if backward == "both" else [backward]
 
 
 if __name__ == "__main__":

@@ -31,12 +31,43 @@ def test_train_on_real_series(tmp_path):
     assert json.loads((tmp_path / "train.json").read_text())
 
 
+def test_train_a_deep_network(tmp_path):
+    done = run("train.py", "deep", "--steps", 3, "--layers", 12, "--batch", 8, "--backward", "both", "--out", tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "largest difference of the loss curves" in done.stdout
+    assert all((tmp_path / name).stat().st_size > 10_000 for name in ("deep.png", "deep_gradients.png"))
+    figures = json.loads((tmp_path / "deep.json").read_text())
+    assert set(figures["runs"]) == {"lax", "parscan"}
+    assert figures["settings"]["layers"] == 12
+    assert figures["comparison"]["largest_relative_loss_difference"] < 1e-4
+
+
 @pytest.mark.parametrize("arguments", [("--steps", 0), ("--batch", 101), ("--width", -1), ("--cell", "xyz")])
 def test_train_complains_in_one_line(arguments, tmp_path):
     done = run("train.py", *arguments, "--out", tmp_path)
     assert done.returncode == 2
     assert "Traceback" not in done.stderr
     assert arguments[0] in done.stderr
+
+
+@pytest.mark.parametrize("arguments", [("--layers", 2), ("--batch", 1438)])
+def test_deep_complains_in_one_line(arguments, tmp_path):
+    done = run("train.py", "deep", *arguments, "--out", tmp_path)
+    assert done.returncode == 2
+    assert done.stderr.count("\n") == 1 and arguments[0] in done.stderr
+
+
+def test_an_unknown_task_is_named_in_one_line():
+    done = run("train.py", "wide")
+    assert done.returncode == 2
+    assert done.stderr == "Error: no task 'wide'; there are sequence and deep\n"
+
+
+def test_help_explains_both_tasks():
+    every, sequence, deep = (run("train.py", *task, "--help").stdout for task in ((), ("sequence",), ("deep",)))
+    assert "power-consumption" in every and "handwritten digits" in every
+    assert "--cell" in sequence and "--layers" not in sequence
+    assert "--layers" in deep and "--cell" not in deep and "deep_gradients.png" in deep
 
 
 def test_bench_measures_what_it_says(tmp_path):
