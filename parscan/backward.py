@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Any
 
 import jax
@@ -14,7 +15,7 @@ from parscan import checks, system
 from parscan.chains import Layers, check_layers
 from parscan.jaxprs import is_batchable, jit_unless_staged
 from parscan.methods import Lax, Method, Sequential, parse_method
-from parscan.network import Link, Network, is_sequence, read_sequence, read_stacked, stack
+from parscan.network import Link, Network, is_sequence, like_sequence, read_sequence, read_stacked, stack
 from parscan.planning import Plan, Stretch, plan_chain
 from parscan.recurrence import Recurrence, Run
 from parscan.structure import layouts_of, parse_structure
@@ -129,7 +130,7 @@ def parallel_backward(
     else:
         network, states, cotangents = _of_stacked(layer, params, params_axes, activations, cotangent, layer_cotangents)
     if not network.links:
-        return Gradients(type(params)(()) if type(params) in (list, tuple) else [], cotangents.trees, Plan("none", {}, Sequential(), "no layers", 0), False)
+        return Gradients(like_sequence(params, []), cotangents.trees, Plan("none", {}, Sequential(), "no layers", 0), False)
     plan, stretches = plan_chain(network.steps, parsed, claim, fallback=Sequential())
     return _gradients(network, states, cotangents, plan, stretches)
 
@@ -191,10 +192,10 @@ def _listed_cotangents(cotangent: Any, layer_cotangents: Any, activations: Seque
     _check_any(cotangent, layer_cotangents)
     last = len(activations) - 1
     if isinstance(layer_cotangents, dict):
-        strange = [i for i in layer_cotangents if isinstance(i, bool) or not isinstance(i, int) or not 0 <= i <= last]
+        strange = [i for i in layer_cotangents if isinstance(i, bool) or not isinstance(i, Integral) or not 0 <= i <= last]
         if strange:
             raise ValueError(f"`layer_cotangents` has a cotangent for {strange[0]!r}, but the activations are h_0 … h_{last}: give an index from 0 to {last}.")
-        given = dict(layer_cotangents)
+        given = {int(i): c for i, c in layer_cotangents.items()}
     elif layer_cotangents is None:
         given = {}
     elif isinstance(layer_cotangents, Sequence) and len(layer_cotangents) == last + 1:

@@ -30,10 +30,10 @@ def stack(leaves: Sequence[Any]) -> Array:
 
 
 def unstack(leaf: Any, count: int) -> list[Any]:
-    """The entries of a leading axis."""
-    if count == 1 or leaf.dtype == jax.dtypes.float0:
-        return [leaf[i] for i in range(count)]
-    return list(_unstack(leaf)) if count else []
+    """The entries of a leading axis. One equation, which XLA makes a kernel for each entry of; of an array at hand, one kernel for all."""
+    if isinstance(leaf, jax.core.Tracer) and count > 1:
+        return list(_unstack(leaf))
+    return [leaf[i] for i in range(count)]
 
 
 @dataclass
@@ -99,7 +99,7 @@ class Network:
             for i in range(link.step.count):
                 tree = jax.tree.structure(self.params[link.lo + i])
                 found.append(jax.tree.unflatten(tree, to_consts or [leaf[i] for leaf in apart]))
-        return type(self.params)(self._summed(found)) if type(self.params) in (list, tuple) else self._summed(found)
+        return like_sequence(self.params, self._summed(found))
 
     def _summed(self, found: list[Any]) -> list[Any]:
         """An entry of `params` that stands in several places gets the sum of their gradients in each."""
@@ -133,6 +133,11 @@ def _prepended(start: Any, rest: Any) -> Any:
 def is_shareable(entry: Any) -> bool:
     """Whether an entry of `params` that stands in several places means shared weights: it is, or holds, an array."""
     return any(hasattr(leaf, "dtype") for leaf in jax.tree.leaves(entry))
+
+
+def like_sequence(params: Sequence[Any], entries: list[Any]) -> Any:
+    """A sequence of the kind of `params`, with other entries."""
+    return jax.tree.unflatten(jax.tree.structure(params, is_leaf=lambda entry: entry is not params), entries)
 
 
 def is_sequence(layers: Any) -> TypeGuard[Sequence[Any]]:
