@@ -199,7 +199,7 @@ def test_a_closed_over_array_is_differentiated_twice():
             final, ys = scan(outer, start, inputs)
             return jnp.sum(final**2) + jnp.sum(ys**2)
 
-        return jax.value_and_grad(loss, (0, 1, 2))(WEIGHTS, START, INPUTS)
+        return jax.jit(jax.value_and_grad(loss, (0, 1, 2)))(WEIGHTS, START, INPUTS)
 
     for method in ("auto", "tree", "walk"):
         assert_close(nested(by_scan(method)), nested(lax.scan), 1e-10)

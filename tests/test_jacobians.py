@@ -164,6 +164,6 @@ def test_every_tree_over_rectangular_maps(kind, scale):
         vector = one.matrix.to_dense() @ vector + one.offset
         want.append(vector)
     stacks = [prefix.Stack(1, lambda one=one: affine.scaled(jax.tree.map(lambda x: x[None], one))) for one in chain]
-    for tree in every_tree(0, 5):
+    for tree in every_tree(0, 5)[:: 1 if kind == "Dense" else 4]:
         got = prefix.ordered(stacks, tree, start, affine.apply, affine.then)
         assert_close([g[0] for g in got], want, 1e-13)

@@ -69,7 +69,10 @@ def with_floats(tree, values):
 
 @functools.cache
 def wanted(name, dtype):
-    """Gradients in the floating-point leaves of params (by place) and of every activation, by `jax.grad` of the loop."""
+    """Gradients in the floating-point leaves of params (by place) and of every activation, by `jax.grad` of the loop. In double precision for the
+    longest chain: compiling a loop of hundreds of layers takes half a minute, and running it as it stands not much less."""
+    if len(made(name, dtype).layers) > 20 and dtype != "float64":
+        return wanted(name, "float64")
     network, (end, inner) = made(name, dtype), cotangents(name, dtype)
 
     def loss(some, nudges):
@@ -90,16 +93,29 @@ def summed_where_shared(name, network, found):
     return [*total, found[2], *total, *total]
 
 
+@functools.cache
+def stored(name, dtype):
+    network = made(name, dtype)
+    return parscan.forward(network.layers, network.params, network.x)[1]
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("name", NETWORKS)
+def test_forward(name, dtype):
+    network, activations = made(name, dtype), stored(name, dtype)
+    assert_close(floats(activations), floats(plain(name, dtype)), TOLERANCE[dtype] * 1e-1)
+    assert jax.tree.structure(activations) == jax.tree.structure(plain(name, dtype))
+    assert [leaf.dtype for leaf in jax.tree.leaves(activations)] == [leaf.dtype for leaf in jax.tree.leaves(plain(name, dtype))]
+    assert_close(floats(parscan.chain(network.layers)(network.params, network.x)), floats(plain(name, dtype)[-1]), TOLERANCE[dtype] * 1e-1)
+
+
 CASES = [(name, method) for name in NETWORKS for method in METHODS]
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize("name, method", CASES)
 def test_parallel_backward(name, method, dtype):
-    network, (end, inner) = made(name, dtype), cotangents(name, dtype)
-    y, activations = parscan.forward(network.layers, network.params, network.x, method=METHODS[method])
-    assert_close(floats(activations), floats(plain(name, dtype)), TOLERANCE[dtype] * 1e-1)
-    assert jax.tree.structure(activations) == jax.tree.structure(plain(name, dtype)) and jax.tree.structure(y) == jax.tree.structure(activations[-1])
+    network, (end, inner), activations = made(name, dtype), cotangents(name, dtype), stored(name, dtype)
     grads = parscan.parallel_backward(network.layers, network.params, activations, end, layer_cotangents=inner, method=METHODS[method])
     params, states = wanted(name, dtype)
     assert_close(floats(grads.params), summed_where_shared(name, network, params), TOLERANCE[dtype])
@@ -119,6 +135,7 @@ def test_grad_of_chain(name, method):
 
     def loss(some, x):
         y, states = apply(with_floats(network.params, some), with_floats(network.x, x))
+        assert jax.tree.structure(y) == jax.tree.structure(states[-1])
         return product(y, end) + sum(product(states[i], c) for i, c in inner.items())
 
     params, states = wanted(name, "float64")
@@ -164,9 +181,9 @@ def test_the_backward_pass_itself_under_jit_vmap_and_grad(method):
         return total
 
     arguments = (network.params, activations, y)
-    assert_close(jax.jit(jax.grad(norm, (0, 1, 2)))(*arguments), jax.grad(by_grad, (0, 1, 2))(*arguments), 1e-10)
+    assert_close(jax.jit(jax.grad(norm, (0, 1, 2)))(*arguments), jax.jit(jax.grad(by_grad, (0, 1, 2)))(*arguments), 1e-10)
     several = (network.params, activations, jnp.stack([y, 2 * y]))
-    assert_close(jax.vmap(norm, (None, None, 0))(*several), jax.vmap(by_grad, (None, None, 0))(*several), 1e-10)
+    assert_close(*(jax.jit(jax.vmap(f, (None, None, 0)))(*several) for f in (norm, by_grad)), 1e-10)
 
 
 # --- what is batched -----------------------------------------------------------------------------------------------------------
