@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from parscan import checks, system
-from parscan.chains import Layers, check_layers
+from parscan.chains import Layers
 from parscan.jaxprs import is_batchable, jit_unless_staged
 from parscan.methods import Lax, Method, Sequential, parse_method
 from parscan.network import Link, Network, is_sequence, like_sequence, read_sequence, read_stacked, stack
@@ -122,7 +122,6 @@ def parallel_backward(
         [(3,), (4,), (2,)]
     """
     parsed, claim = parse_method(method), parse_structure(structure)
-    check_layers(layer)
     if is_sequence(layer):
         if params_axes != 0:
             raise ValueError("`params_axes` is for one layer repeated; a sequence of layers has its own parameters for each.")

@@ -11,10 +11,9 @@ from jax import lax
 
 from parscan import checks
 from parscan.methods import Lax, Method, parse_method
-from parscan.network import Network, is_sequence, read_sequence, read_stacked
+from parscan.network import Network, check_layers, is_sequence, read_sequence, read_stacked
 from parscan.planning import plan_chain
 from parscan.recurrence import run_recurrence, run_recurrence_stored, run_steps
-from parscan.stacking import check_layer
 from parscan.structure import Claim, parse_structure
 
 State = TypeVar("State")
@@ -109,18 +108,8 @@ def chain(
     return apply
 
 
-def check_layers(layer: Any) -> None:
-    """Raises TypeError for what is no layer."""
-    if not is_sequence(layer):
-        check_layer(layer)
-    for i, one in enumerate(layer if is_sequence(layer) else ()):
-        if not callable(one):
-            raise TypeError(f"`layers[{i}]` must be a callable (params_i, h) -> h; got {one!r}.")
-
-
 def read(layer: Layers, params: Any, x: Any, params_axes: Any, length: int | None) -> Network:
     """The chain that starts from x."""
-    check_layers(layer)
     if not is_sequence(layer):
         return read_stacked(layer, params, x, params_axes, length)
     if params_axes != 0 or length is not None:

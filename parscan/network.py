@@ -135,6 +135,16 @@ def is_shareable(entry: Any) -> bool:
     return any(hasattr(leaf, "dtype") for leaf in jax.tree.leaves(entry))
 
 
+def check_layers(layers: Any) -> None:
+    """Raises TypeError for what is no layer, and no sequence of layers."""
+    if not is_sequence(layers):
+        check_layer(layers)
+        return
+    for i, layer in enumerate(layers):
+        if not callable(layer):
+            raise TypeError(f"`layers[{i}]` must be a callable (params_i, h) -> h; got {layer!r}.")
+
+
 def like_sequence(params: Sequence[Any], entries: list[Any]) -> Any:
     """A sequence of the kind of `params`, with other entries."""
     return jax.tree.unflatten(jax.tree.structure(params, is_leaf=lambda entry: entry is not params), entries)
@@ -206,9 +216,7 @@ def read_sequence(layers: Sequence[Any], params: Any, states: Sequence[Any]) -> 
 
 
 def _check_sequence(layers: Sequence[Any], params: Any) -> None:
-    for i, layer in enumerate(layers):
-        if not callable(layer):
-            raise TypeError(f"`layers[{i}]` must be a callable (params_i, h) -> h; got {layer!r}.")
+    check_layers(layers)
     if not isinstance(params, Sequence) or isinstance(params, (str, bytes)):
         raise TypeError(f"`params` must be a sequence with one entry a layer, None for a layer without parameters; got {type(params).__name__}.")
     if len(params) != len(layers):

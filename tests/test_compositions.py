@@ -205,6 +205,60 @@ def test_a_closed_over_array_is_differentiated_twice():
         assert_close(nested(by_scan(method)), nested(lax.scan), 1e-10)
 
 
+# What a step may hold: (weights, h, method) -> h, of the state's shape.
+def _layer(w, h):
+    return jnp.tanh(h @ w)
+
+
+INSIDE = {
+    "scan": lambda w, h, method: parscan.scan(lambda g, x: (_layer(w, g) + x, None), h, INPUTS[:2], method=method)[0],
+    "chain": lambda w, h, method: parscan.chain(_layer, params_axes=None, length=2, method=method)(w, h),
+    "chain of a sequence": lambda w, h, method: parscan.chain([_layer, lambda _, g: g.T, lambda _, g: jnp.sin(g.T)], method=method)([w, None, None], h),
+    "forward": lambda w, h, method: parscan.forward(_layer, w, h, params_axes=None, length=2, method=method)[1][1:].mean(0),
+    "linear_scan": lambda w, h, method: jax.vmap(lambda r: parscan.linear_scan(parscan.Dense(w), INPUTS[:3, 0], r, method=method)[-1])(h) * 0.1,
+    "parallel_backward": lambda w, h, method: (
+        parscan.parallel_backward(_layer, w, jnp.stack([h, _layer(w, h), _layer(w, _layer(w, h))]), h, params_axes=None, method=method).input
+    ),
+}
+AROUND = {
+    "scan": lambda f, h, method: parscan.scan(lambda h, x: (f(h) + x, h), h, INPUTS[:3], method=method),
+    "chain": lambda f, h, method: parscan.chain(lambda x, h: f(h) + x, method=method)(INPUTS[:3], h),
+    "a sequence": lambda f, h, method: parscan.chain([lambda _, h: f(h), lambda x, h: h * x, lambda _, h: f(h)], method=method)([None, INPUTS[0], None], h),
+}
+
+
+@pytest.mark.parametrize("inner", INSIDE)
+@pytest.mark.parametrize("outer", AROUND)
+def test_each_inside_each(outer, inner):
+    def loss(method, w, h):
+        out = AROUND[outer](lambda h: INSIDE[inner](w, h, method), h, method)
+        return sum(jnp.sum(jnp.sin(leaf)) for leaf in jax.tree.leaves(out))
+
+    by = {method: jax.jit(jax.value_and_grad(functools.partial(loss, method), (0, 1)))(WEIGHTS, START) for method in ("lax", "walk")}
+    assert_close(by["walk"], by["lax"], 1e-10)
+
+
+PLAIN_CHAIN = {
+    "value_and_grad": lambda f: jax.value_and_grad(f, (0, 1)),
+    "jvp": lambda f: lambda w, h: jax.jvp(f, (w, h), (w, h)),
+    "jacfwd": lambda f: jax.jacfwd(f, 1),
+    "hessian": lambda f: jax.hessian(f, 1),
+    "grad of jvp": lambda f: jax.grad(lambda w, h: jax.jvp(f, (w, h), (w, h))[1], (0, 1)),
+    "vmap of grad": lambda f: lambda w, h: jax.vmap(jax.grad(f, (0, 1)), (None, 0))(w, jnp.stack([h, -h])),
+    "checkpoint": lambda f: jax.grad(jax.checkpoint(f), (0, 1)),
+}
+
+
+@pytest.mark.parametrize("name", PLAIN_CHAIN)
+def test_a_chain_without_its_activations(name):
+    def loss(method, w, h):
+        apply = parscan.chain(lambda p, h: jnp.tanh(h @ p[0] + p[1]), params_axes=(None, 0), method=method)
+        return jnp.sum(apply((w, INPUTS), h) ** 3)
+
+    by = [jax.jit(PLAIN_CHAIN[name](functools.partial(loss, method)))(WEIGHTS, START) for method in ("walk", "lax")]
+    assert_close(*by, 1e-10)
+
+
 def test_nested_in_each_other_the_batch_is_still_found():
     def f(h, x):
         inner = parscan.scan(lambda g, z: (jnp.tanh(g @ WEIGHTS + z), None), h, jnp.stack([x, x]), method="tree")[0]
