@@ -89,7 +89,8 @@ def parallel_backward(
     Args:
         layer: (params_i, h) -> h, one for all layers, or a sequence of L of them, which may change the state's shapes and structure.
         params: pytree, leaves stacked on a leading axis L or shared. For a sequence of layers a sequence of L pytrees (None for a layer
-            without parameters); the same object in several places is shared by these layers.
+            without parameters); the same object in several places is shared by these layers (under `jax.jit`
+            that must be so inside: the arguments it is given are objects of their own).
         activations: h_0 … h_L, as `forward` returns them: the state's pytree, each leaf (L + 1, …); for a sequence of layers a list.
         cotangent: like h_L: the loss's derivative there. None for zero. Leaves that are not floating-point are ignored.
         layer_cotangents: like `activations`: derivatives of losses read at inner layers; `cotangent` is added to the last. For a sequence
@@ -191,7 +192,7 @@ def _listed_cotangents(cotangent: Any, layer_cotangents: Any, activations: Seque
     _check_any(cotangent, layer_cotangents)
     last = len(activations) - 1
     if isinstance(layer_cotangents, dict):
-        strange = [i for i in layer_cotangents if isinstance(i, bool) or not isinstance(i, Integral) or not 0 <= i <= last]
+        strange = [i for i in layer_cotangents if isinstance(i, bool) or not isinstance(i, Integral) or not 0 <= int(i) <= last]
         if strange:
             raise ValueError(f"`layer_cotangents` has a cotangent for {strange[0]!r}, but the activations are h_0 … h_{last}: give an index from 0 to {last}.")
         given = {int(i): c for i, c in layer_cotangents.items()}

@@ -7,12 +7,13 @@ parameters; equal neighbours are found here, so that 500 equal blocks are one lo
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeGuard
 
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
+from jax.core import Tracer
 
 from parscan import checks
 from parscan.jaxprs import Flat, Program, slice_spec, trace
@@ -31,7 +32,7 @@ def stack(leaves: Sequence[Any]) -> Array:
 
 def unstack(leaf: Any, count: int) -> list[Any]:
     """The entries of a leading axis. One equation, which XLA makes a kernel for each entry of; of an array at hand, one kernel for all."""
-    if isinstance(leaf, jax.core.Tracer) and count > 1:
+    if isinstance(leaf, Tracer) and count > 1:
         return list(_unstack(leaf))
     return [leaf[i] for i in range(count)]
 
@@ -146,8 +147,9 @@ def check_layers(layers: Any) -> None:
 
 
 def like_sequence(params: Sequence[Any], entries: list[Any]) -> Any:
-    """A sequence of the kind of `params`, with other entries."""
-    return jax.tree.unflatten(jax.tree.structure(params, is_leaf=lambda entry: entry is not params), entries)
+    """A sequence of the kind of `params`, with other entries: a list, unless it is a pytree."""
+    tree = jax.tree.structure(params, is_leaf=lambda entry: entry is not params)
+    return entries if jax.tree_util.treedef_is_leaf(tree) else jax.tree.unflatten(tree, entries)
 
 
 def is_sequence(layers: Any) -> TypeGuard[Sequence[Any]]:
@@ -179,13 +181,14 @@ def read_stacked(layer: Any, params: Any, state: Any, params_axes: Any, length: 
 
 @dataclass
 class _Layer:
-    """One layer, traced: its program, the values it closes over, the structure of its output."""
+    """One layer, traced: its program, the values it closes over, the structure of its output; `shared`: its parameters, if they are among `consts`."""
 
     program: Program
     consts: list[Any]
     closed_over: int
     xs: list[Any]
     tree: Any
+    shared: Any
 
 
 def read_sequence(layers: Sequence[Any], params: Any, states: Sequence[Any]) -> Network:
@@ -264,9 +267,8 @@ def _traced_layer(i: int, layer: Any, entry: Any, state: Any, shared: bool, trac
         except Exception as error:
             error.add_note(f"in layer {i} ({_name(layer)}) of the chain")
             raise
-        traced[key] = _Layer(program, consts, len(consts) - (len(leaves) if shared else 0), [], out)
-    one = traced[key]
-    return _Layer(one.program, one.consts, one.closed_over, [] if shared else leaves, one.tree)
+        traced[key] = _Layer(program, consts, len(consts) - (len(leaves) if shared else 0), [], out, entry if shared else None)
+    return replace(traced[key], xs=[] if shared else leaves)
 
 
 def _checked_output(i: int, layer: Any, new: Any) -> Any:
@@ -314,5 +316,6 @@ def _runs(found: list[_Layer]) -> Iterator[tuple[int, int]]:
 
 
 def _alike(a: _Layer, b: _Layer) -> bool:
-    same = len(a.consts) == len(b.consts) and all(x is y for x, y in zip(a.consts, b.consts, strict=True))
+    closed_over = zip(a.consts[: a.closed_over], b.consts[: b.closed_over], strict=False)
+    same = a.shared is b.shared and a.closed_over == b.closed_over and all(x is y for x, y in closed_over)
     return same and a.tree == b.tree and len(a.xs) == len(b.xs) and a.program.is_square and a.program == b.program

@@ -85,12 +85,20 @@ def up(maps: Maps, then: Then, *, reverse: bool = False, levels: int | None = No
     return rounds
 
 
-def down(rounds: list[Maps], start: Value, apply: Apply, *, reverse: bool = False, walk: Callable = walk) -> Value:
-    """The value leaving each map, handed out from the last round to the first: as many rounds of `apply`, on stacked maps."""
+def down(rounds: list[Maps], start: Value, apply: Apply, *, reverse: bool = False, walk: Callable = walk, end: Value | None = None) -> Value:
+    """The value leaving each map, handed out from the last round to the first: as many rounds of `apply`, on stacked maps.
+
+    end: the value that leaves the last round's one map, if it is known.
+    """
     count = length(rounds[-1])
     if count == 0:
         return jax.tree.map(lambda s: s[None][:0], start)
-    values = apply(rounds[-1], jax.tree.map(lambda s: s[None], start)) if count == 1 else walk(rounds[-1], start, apply, reverse=reverse)
+    if count > 1:
+        values = walk(rounds[-1], start, apply, reverse=reverse)
+    elif end is not None:
+        values = jax.tree.map(lambda e: e[None], end)
+    else:
+        values = apply(rounds[-1], jax.tree.map(lambda s: s[None], start))
     for maps in reversed(rounds[:-1]):
         even, pairs, firsts, evens, _ = _halves(maps, reverse)
         after_odd = take(values, slice(-pairs, None) if reverse else slice(None, pairs))
@@ -203,10 +211,8 @@ class _Ordered:
 
     def inside(self, unit: Unit, start: Value, end: Value | None) -> Value:
         stack = self.stacks[unit.stack]
-        if unit.count == 1 and end is not None:
-            return jax.tree.map(lambda e: e[None], end)
         if unit in self.rounds:
-            return down(self.rounds[unit], start, self.apply, reverse=self.reverse)
+            return down(self.rounds[unit], start, self.apply, reverse=self.reverse, end=end)
         if unit.count == stack.count == 1 and stack.cross is not None:
             return stack.cross(start)
         return tree(self.maps(unit), start, self.apply, self.then, reverse=self.reverse)

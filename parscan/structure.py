@@ -275,7 +275,7 @@ class Component:
         return found
 
 
-@functools.lru_cache(maxsize=256)
+@functools.lru_cache(maxsize=4096)
 def _proved(steps: Steps) -> list[tuple[Part, ...]]:
     """The parts and blocks of every state that the jaxprs of the derivatives prove, for every input."""
     place = [0]
@@ -294,7 +294,7 @@ def _proved(steps: Steps) -> list[tuple[Part, ...]]:
     return [chosen[p] for p in place]
 
 
-@functools.lru_cache(maxsize=256)
+@functools.lru_cache(maxsize=4096)
 def _derivative_dependence(program: Program) -> list[Dependence]:
     """Of every floating-point leaf of the new carry, on those of the old one."""
     consts, carry, x = program.avals
@@ -332,7 +332,7 @@ def active_leaves(
     return old, moving, tuple(i - program.num_new for i in reached if i >= program.num_new)
 
 
-@functools.lru_cache(maxsize=256)
+@functools.lru_cache(maxsize=4096)
 def _influences(program: Program) -> list[frozenset[int]]:
     """For every leaf of the new carry, then of y: the inputs, counted through consts, carry and x, on which its derivative depends."""
     inputs = [aval for part in program.avals for aval in part]

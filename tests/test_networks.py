@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import functools
 import itertools
 
@@ -109,14 +110,14 @@ def test_forward(name, dtype):
     assert_close(floats(parscan.chain(network.layers)(network.params, network.x)), floats(plain(name, dtype)[-1]), TOLERANCE[dtype] * 1e-1)
 
 
-CASES = [(name, method) for name in NETWORKS for method in METHODS]
+CASES = [(name, method) for name in NETWORKS for method in (*METHODS, "auto")]
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize("name, method", CASES)
 def test_parallel_backward(name, method, dtype):
     network, (end, inner), activations = made(name, dtype), cotangents(name, dtype), stored(name, dtype)
-    grads = parscan.parallel_backward(network.layers, network.params, activations, end, layer_cotangents=inner, method=METHODS[method])
+    grads = parscan.parallel_backward(network.layers, network.params, activations, end, layer_cotangents=inner, method=METHODS.get(method, method))
     params, states = wanted(name, dtype)
     assert_close(floats(grads.params), summed_where_shared(name, network, params), TOLERANCE[dtype])
     assert [gap(floats(g), s) for g, s in zip(grads.activations, states, strict=True)] <= [TOLERANCE[dtype]] * len(states)
@@ -242,6 +243,45 @@ def test_a_run_that_shares_its_weights_does_not_stack_them():
     assert all(g is got[0] for g in got)
     wanted = jax.grad(lambda w: jnp.sum(parscan.chain(layers, method="lax")([w] * 30, activations[0]) * y))(w)
     assert_close(got[0], wanted, 1e-10)
+
+
+@pytest.mark.parametrize("method", ["auto", "tree", "lax"])
+def test_entries_are_shared_as_objects_whatever_stands_next_to_them(method):
+    make = arrays("float64")
+    w, x = make(3, 3), make(2, 3)
+    f = lambda p, h: jnp.tanh(h @ p["w"])
+    first, second, third = {"w": w}, {"w": w}, {"w": make(3, 3)}  # two entries that hold one array are two
+    for params in ([first, first, second, second], [first, second, second, first], [third, first, first, third, third, second]):
+        layers = [f] * len(params)
+        y, activations = parscan.forward(layers, params, x)
+        places = jax.grad(lambda ps, layers=layers: jnp.sum(parscan.chain(layers, method="lax")(ps, x) ** 2))([dict(p) for p in params])
+        wanted = [sum(g["w"] for g, p in zip(places, params, strict=True) if p is entry) for entry in params]
+        got = parscan.parallel_backward(layers, params, activations, 2 * y, method=method).params
+        assert_close([g["w"] for g in got], wanted, 1e-12)
+
+
+@pytest.mark.parametrize("method", ["auto", "tree", "lax"])
+def test_a_layer_that_closes_over_what_its_neighbours_are_given(method):
+    make = arrays("float64")
+    w, x = make(4, 4), make(2, 4)
+    given, closing = (lambda p, h: jnp.tanh(h @ p)), (lambda _, h: jnp.tanh(h @ w))
+    for layers, params in (([closing, given, given], [None, w, w]), ([given, given, closing], [w, w, None])):
+        y, activations = parscan.forward(layers, params, x)
+        grads = parscan.parallel_backward(layers, params, activations, y, method=method)
+        assert [p is None for p in grads.params] == [p is None for p in params]
+        wanted = jax.grad(lambda x, layers=layers, params=params: 0.5 * jnp.sum(parscan.chain(layers, method="lax")(params, x) ** 2))(x)
+        assert_close(grads.input, wanted, 1e-12)
+
+
+def test_params_may_be_any_sequence():
+    make, wrap = arrays("float64"), collections.UserList
+    layers, params = [dense, dense], [layer(make, 3, 4), layer(make, 4, 2)]
+    y, activations = parscan.forward(layers, wrap(params), make(2, 3))
+    got = parscan.parallel_backward(layers, wrap(params), activations, y).params
+    pair = collections.namedtuple("Pair", "first second")(*params)
+    named = parscan.parallel_backward(layers, pair, activations, y).params
+    assert isinstance(got, list) and type(named) is type(pair)
+    assert_close(got, list(named), 0)
 
 
 # --- structure and stretches ----------------------------------------------------------------------------------------------------

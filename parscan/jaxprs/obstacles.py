@@ -23,7 +23,7 @@ def where(eqn: Any) -> str:
     return f"`{eqn.primitive.name}`"
 
 
-@functools.lru_cache(maxsize=256)
+@functools.lru_cache(maxsize=4096)
 def obstacle(program: Program) -> str | None:
     """Why the derivative of this step may not be pushed a basis through, or `None`.
 
