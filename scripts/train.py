@@ -293,7 +293,7 @@ def main() -> None:
 
 @main.command(short_help="Power-consumption series, a recurrent network.")
 @click.option("--cell", type=click.Choice(list(CELLS)), default="gru", help="Recurrent cell.")
-@options(8, 16, SERIES, 400, 0.01, "train.png, train.json")
+@options(8, 16, SERIES, 300, 0.01, "train.png, train.json")
 def sequence(cell: str, width: int, batch: int, steps: int, learning_rate: float, seed: int, backward: str, method: str, out: Path) -> None:
     """Train a recurrent network to tell apart ten kinds of household appliances by their power consumption.
 

@@ -125,7 +125,6 @@ def test_growth_by_a_constant_that_the_compiler_knows(method):
 TURN = jnp.asarray(0.3 * np.random.default_rng(0).standard_normal((3, 3)))
 MASKED = {
     "sqrt of relu": lambda h, x: jnp.tanh(h @ TURN + jnp.sqrt(jax.nn.relu(h)) + x),
-    "sqrt of where": lambda h, x: jnp.tanh(h @ TURN + jnp.sqrt(jnp.where(h > 0, h, 0.0)) + x),
     "sqrt of relu of a product": lambda h, x: jnp.sqrt(jax.nn.relu(h @ TURN + x)) - 0.5,
     "a user's transpose": lambda h, x: jnp.tanh(lax.custom_linear_solve(lambda v: 2 * v, h, lambda mv, b: b / 2, lambda mv, b: b / 3) @ TURN + x),
 }
@@ -135,7 +134,8 @@ MASKED = {
 @pytest.mark.parametrize("name", MASKED)
 def test_an_infinite_slope_behind_a_mask(name, method):
     """Jacobians are formed in the direction of travel: 0 · inf, kept out one way, would be let in the other."""
-    start, inputs = -jnp.ones((4, 3)), -jnp.ones((20, 4, 3))
+    start, inputs = -jnp.ones((4, 3)), -jnp.ones((9, 4, 3))
     loss = lambda scan: lambda h, x: jnp.sum(scan(lambda h, x: (MASKED[name](h, x), None), h, x)[0] ** 2)
-    got = jax.grad(loss(lambda *a: parscan.scan(*a, method=METHODS.get(method, method))), (0, 1))(start, inputs)
-    assert_close(got, jax.grad(loss(lax.scan), (0, 1))(start, inputs), 1e-12)
+    ours = lambda *a: parscan.scan(*a, method=METHODS.get(method, method))
+    got, want = (jax.jit(jax.grad(loss(scan), (0, 1)))(start, inputs) for scan in (ours, lax.scan))
+    assert_close(got, want, 1e-12)
