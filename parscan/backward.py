@@ -129,9 +129,9 @@ def parallel_backward(
         network, states, cotangents = _of_sequence(layer, params, activations, cotangent, layer_cotangents)
     else:
         network, states, cotangents = _of_stacked(layer, params, params_axes, activations, cotangent, layer_cotangents)
-    if not network.links:
-        return Gradients(like_sequence(params, []), cotangents.trees, Plan("none", {}, Sequential(), "no layers", 0), False)
     plan, stretches = plan_chain(network.steps, parsed, claim, fallback=Sequential())
+    if not stretches:
+        return Gradients(like_sequence(params, []), network.as_activations(_scattered(network.start, cotangents.start), []), plan, False)
     return _gradients(network, states, cotangents, plan, stretches)
 
 
@@ -144,7 +144,6 @@ class _Cotangents:
 
     start: list[Array]
     leaving: list[list[Array]]
-    trees: list[Any]
 
 
 def _of_stacked(
@@ -157,7 +156,7 @@ def _of_stacked(
     states = [jnp.asarray(h) for h in jax.tree.leaves(activations)]
     network.start = [h[0] for h in states]
     floats = _stacked_cotangents(cotangent, layer_cotangents, activations)
-    return network, [[h[:-1] for h in states]], _Cotangents([c[0] for c in floats], [[c[1:] for c in floats]], [])
+    return network, [[h[:-1] for h in states]], _Cotangents([c[0] for c in floats], [[c[1:] for c in floats]])
 
 
 def _of_sequence(layers: Sequence[Any], params: Any, activations: Any, cotangent: Any, layer_cotangents: Any) -> tuple[Network, list[list[Any]], _Cotangents]:
@@ -183,8 +182,7 @@ def _of_sequence(layers: Sequence[Any], params: Any, activations: Any, cotangent
         return found
 
     start = [c[0] for c in injected(0, 1)]
-    trees = [jax.tree.unflatten(jax.tree.structure(activations[0]), _scattered(leaves[0], start))]
-    return network, states, _Cotangents(start, [injected(link.lo + 1, link.hi + 1) for link in network.links], trees)
+    return network, states, _Cotangents(start, [injected(link.lo + 1, link.hi + 1) for link in network.links])
 
 
 def _listed_cotangents(cotangent: Any, layer_cotangents: Any, activations: Sequence[Any]) -> dict[int, list[Any]]:
@@ -229,9 +227,9 @@ def _check_activations(activations: Any) -> int:
 
 
 def _check_real(named: list[tuple[str, Any]]) -> None:
-    strange = [f"{name}: {leaf!r}" for name, leaf in named if not checks.is_array(leaf)]
+    strange = checks.not_arrays(named)
     if strange:
-        raise TypeError(f"`activations` must hold arrays alone; got {', '.join(strange)}. parscan.forward returns them as needed.")
+        raise TypeError(f"`activations` must hold arrays alone; got {strange}. parscan.forward returns them as needed.")
     if any(checks.is_complex(leaf) for _, leaf in named):
         listed = ", ".join(f"{name}: {checks.describe(leaf)}" for name, leaf in named)
         raise TypeError(f"`activations` must be real; got {listed}. Split complex states into real and imaginary parts.")
@@ -267,9 +265,9 @@ def _matching(name: str, given: Any, like: Any, what: str, shape: Callable[[Any]
     if difference is not None:
         raise ValueError(f"`{name}` must match {what}: {difference}.")
     pairs = list(zip(checks.named_leaves(name, given), states, strict=True))
-    strange = [f"{leaf_name}: {c!r}" for (leaf_name, c), h in pairs if checks.is_inexact(h) and not checks.is_array(c)]
+    strange = checks.not_arrays([one for one, h in pairs if checks.is_inexact(h)])
     if strange:
-        raise TypeError(f"`{name}` must hold arrays like those of {what}; got {', '.join(strange)}.")
+        raise TypeError(f"`{name}` must hold arrays like those of {what}; got {strange}.")
     wrong = [
         f"{leaf_name} is {checks.describe(c)}, where {checks.dtype_of(h)}[{','.join(map(str, shape(h)))}] is needed"
         for (leaf_name, c), h in pairs
@@ -327,11 +325,10 @@ def _part(network: Network, stretch: Stretch) -> Part:
     links = network.links[stretch.lo : stretch.hi]
     closed_over = tuple(link.closed_over for link in links)
     if stretch.layouts is not None and not isinstance(stretch.plan.method, Lax):
-        return Part(network.recurrence(stretch), closed_over, False, True)
+        return Part(network.recurrence(stretch, stretch.layouts, stretch.plan.method), closed_over, False, True)
     by_jax = isinstance(stretch.plan.method, Lax) or not all(is_batchable(link.step.program) for link in links)
     layouts = layouts_of([(link.step.program, link.step.repeats) for link in links], "dense")
-    runs = tuple(Run(link.step.program, a, b, link.step.count, link.step.repeats) for link, a, b in zip(links, layouts, layouts[1:], strict=False))
-    return Part(Recurrence(runs, Sequential()), closed_over, by_jax, False)
+    return Part(network.recurrence(stretch, layouts, Sequential()), closed_over, by_jax, False)
 
 
 def _run(spec: Backward, consts: list[list], xs: list[list], states: list[list], cotangents: tuple[list, list[list]]) -> tuple:

@@ -13,7 +13,7 @@ from parscan import checks
 from parscan.methods import Lax, Method, parse_method
 from parscan.network import Network, check_layers, is_sequence, read_sequence, read_stacked
 from parscan.planning import plan_chain
-from parscan.recurrence import run_recurrence, run_recurrence_stored, run_steps
+from parscan.recurrence import run_recurrence, run_recurrence_stored, run_steps, shifted
 from parscan.structure import Claim, parse_structure
 
 State = TypeVar("State")
@@ -121,17 +121,15 @@ def _run(network: Network, method: Method | None, claim: Claim | None, *, stored
     """h_L; and with `stored` what leaves every layer of each run (leading axis)."""
     h = [jnp.asarray(leaf) for leaf in network.start]
     leaving: list[list] = []
-    if not network.links:
-        return h, leaving
     _, stretches = plan_chain(network.steps, method, claim, fallback=Lax())
     for stretch in stretches:
         links = network.links[stretch.lo : stretch.hi]
         consts, xs = [link.consts for link in links], [link.xs for link in links]
         by_jax = stretch.layouts is None or isinstance(stretch.plan.method, Lax)
         if stored and not by_jax:
-            h, _, entering = run_recurrence_stored(network.recurrence(stretch), consts, h, xs)
+            h, _, entering = run_recurrence_stored(network.recurrence(stretch, stretch.layouts, stretch.plan.method), consts, h, xs)
         elif not by_jax:
-            h, _ = run_recurrence(network.recurrence(stretch), consts, h, xs)
+            h, _ = run_recurrence(network.recurrence(stretch, stretch.layouts, stretch.plan.method), consts, h, xs)
             continue
         else:
             entering = []
@@ -159,4 +157,4 @@ def _moved_on(states: list, end: list) -> list:
     count = checks.shape_of(states[0])[0] if states else None
     if count == 1 or count is None:
         return [leaf[None] for leaf in end]
-    return [jnp.concatenate([leaf[1:], last[None]]) if count else leaf for leaf, last in zip(states, end, strict=True)]
+    return [shifted(last, leaf, reverse=True) for leaf, last in zip(states, end, strict=True)]

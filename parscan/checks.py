@@ -61,6 +61,11 @@ def named_leaves(name: str, tree: Tree) -> list[tuple[str, Any]]:
     return [(name + jax.tree_util.keystr(path), leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(tree)]
 
 
+def not_arrays(named: list[tuple[str, Any]]) -> str:
+    """Of named leaves those that are no arrays, in words; empty if there are none."""
+    return ", ".join(f"{name}: {leaf!r}" for name, leaf in named if not is_array(leaf))
+
+
 def structure_difference(name: str, got: Tree, want: Tree) -> str | None:
     """What differs between two pytrees' structures, in words, or `None`."""
     got_def, want_def = jax.tree.structure(got), jax.tree.structure(want)

@@ -17,9 +17,11 @@ from jax.core import Tracer
 
 from parscan import checks
 from parscan.jaxprs import Flat, Program, slice_spec, trace
+from parscan.methods import Method
 from parscan.planning import Step, Stretch
 from parscan.recurrence import Recurrence, Run
 from parscan.stacking import Stacked, check_layer, check_state, split_params
+from parscan.structure import Layout
 
 _stack: Callable[[list], Array] = getattr(lax, "stack", jnp.stack)  # one equation, whose transpose is one, from jax 0.10.1 on
 _unstack: Callable[[Array], Sequence[Array]] = getattr(lax, "unstack", jnp.unstack)
@@ -68,7 +70,6 @@ class Network:
     links: list[Link]
     start: list[Any]
     tree: Any
-    length: int
     params: Any
     stacked: Stacked | None
 
@@ -118,13 +119,13 @@ class Network:
                 found[i] = total
         return found
 
-    def recurrence(self, stretch: Stretch) -> Recurrence:
-        """A stretch that has layouts, as what is compiled."""
-        assert stretch.layouts is not None
+    def recurrence(self, stretch: Stretch, layouts: Sequence[Layout] | None, method: Method) -> Recurrence:
+        """A stretch as what is compiled, between states with these layouts."""
+        assert layouts is not None
         runs = []
-        for link, before, after in zip(self.links[stretch.lo : stretch.hi], stretch.layouts, stretch.layouts[1:], strict=False):
+        for link, before, after in zip(self.links[stretch.lo : stretch.hi], layouts, layouts[1:], strict=False):
             runs.append(Run(link.step.program, before, after, link.step.count, link.step.repeats))
-        return Recurrence(tuple(runs), stretch.plan.method)
+        return Recurrence(tuple(runs), method)
 
 
 def _prepended(start: Any, rest: Any) -> Any:
@@ -173,7 +174,7 @@ def read_stacked(layer: Any, params: Any, state: Any, params_axes: Any, length: 
         Flat.of([slice_spec(leaf) for leaf in stacked.leaves]),
     )
     step = Step(program, stacked.length, True)
-    return Network([Link(step, consts, len(consts) - len(stacked.shared), stacked.leaves, 0, tree)], start, tree, stacked.length, params, stacked)
+    return Network([Link(step, consts, len(consts) - len(stacked.shared), stacked.leaves, 0, tree)], start, tree, params, stacked)
 
 
 # --- a sequence of layers -------------------------------------------------------------------------------------------------
@@ -215,7 +216,7 @@ def read_sequence(layers: Sequence[Any], params: Any, states: Sequence[Any]) -> 
         if len(states) > 1:
             _check_fits(i, layer, state, states[i + 1])
     start, tree = jax.tree.flatten(states[0])
-    return Network(_linked(found), start, tree, len(layers), params, None)
+    return Network(_linked(found), start, tree, params, None)
 
 
 def _check_sequence(layers: Sequence[Any], params: Any) -> None:
@@ -232,9 +233,9 @@ def _check_sequence(layers: Sequence[Any], params: Any) -> None:
 
 
 def _check_arrays(named: list[tuple[str, Any]], what: str) -> None:
-    strange = [f"{name}: {leaf!r}" for name, leaf in named if not checks.is_array(leaf)]
+    strange = checks.not_arrays(named)
     if strange:
-        raise TypeError(f"{what} must hold arrays alone; got {', '.join(strange)}. Let the layer close over what is no array.")
+        raise TypeError(f"{what} must hold arrays alone; got {strange}. Let the layer close over what is no array.")
 
 
 def _shares(layers: Sequence[Any], params: Sequence[Any], i: int) -> bool:
@@ -272,9 +273,9 @@ def _traced_layer(i: int, layer: Any, entry: Any, state: Any, shared: bool, trac
 
 
 def _checked_output(i: int, layer: Any, new: Any) -> Any:
-    strange = [f"{name}: {leaf!r}" for name, leaf in checks.named_leaves("h", new) if not checks.is_array(leaf)]
+    strange = checks.not_arrays(checks.named_leaves("h", new))
     if strange:
-        raise TypeError(f"Layer {i} ({_name(layer)}) must return arrays, or a pytree of them; got {', '.join(strange)}.")
+        raise TypeError(f"Layer {i} ({_name(layer)}) must return arrays, or a pytree of them; got {strange}.")
     return jax.tree.map(lambda leaf: lax.convert_element_type(leaf, checks.dtype_of(leaf)) if checks.is_inexact(leaf) else jnp.asarray(leaf), new)
 
 

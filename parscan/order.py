@@ -247,14 +247,14 @@ class _Search:
     def _candidates(self, a: int, b: int) -> Iterator[tuple[str, int, np.ndarray]]:
         """Every split m, as (kind, m, costs): of `need` [T, h1, h], of `only` by a product [T, h1, t], of `only` by walking [T, t1, t]."""
         times = np.arange(self.bound + 1)
+        arrival = np.maximum(times[:, None], times[None, :]) + 1  # [T, h1]
+        late, arrival = arrival > self.bound, np.minimum(arrival, self.bound)
+        height_left = times - 1
+        too_high = height_left[None, None, :] < times[None, :, None]
         for m in range(a + 1, b):
             hand_on = self.costs.apply(self.w[a], self.w[m])
-            arrival = np.maximum(times[:, None], times[None, :]) + 1  # [T, h1]
-            late = arrival > self.bound
-            arrival = np.minimum(arrival, self.bound)
             first = np.where(late, np.inf, self.need[a, m] + hand_on)[:, :, None]
-            height_left = np.arange(self.bound + 1) - 1
-            inner = np.where((height_left[None, None, :] < times[None, :, None]), np.inf, self.need[m, b][arrival][:, :, height_left])
+            inner = np.where(too_high, np.inf, self.need[m, b][arrival][:, :, height_left])
             yield "need", m, first + inner + self.costs.join(self.w[a], self.w[m], self.w[b])
             yield "only", m, first + self.only[m, b][arrival]
             if self.parts[m - 1].count > 1:  # else a product costs no more

@@ -92,7 +92,7 @@ def plan_chain(
     """The plan for a chain of layers.
 
     Args:
-        steps: at least one.
+        steps: without any there is no stretch either.
         method: a method, or None to choose.
         claim: a structure, or None to prove one.
         fallback: what takes over where no Jacobian may or should be formed: `Lax()` if JAX can, else `Sequential()`.
@@ -104,6 +104,8 @@ def plan_chain(
     Raises:
         ValueError: an explicit parallel method for a step that has none; the equation is named. A claim that does not fit.
     """
+    if not steps:
+        return Plan("none", {}, fallback, "no layers", 0), []
     everything = slice(0, len(steps))
     if isinstance(method, Lax):
         stretches = [_handed_over(steps, everything, method, "asked for")]

@@ -62,4 +62,4 @@ def _of_layers(layers: Any, params: Any, activations: Any, method: Any, claim: A
     if not isinstance(activations, Sequence) or len(activations) not in (1, len(layers) + 1):
         raise ValueError(f"For a sequence of {len(layers)} layers the third argument must be the list h_0 … h_L of activations, or [h_0].")
     network = read_sequence(layers, params, activations)
-    return plan_chain(network.steps, method, claim, fallback=Sequential())[0] if network.links else Plan("none", {}, Sequential(), "no layers", 0)
+    return plan_chain(network.steps, method, claim, fallback=Sequential())[0]

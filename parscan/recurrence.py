@@ -64,11 +64,11 @@ def run_steps(program: Program, consts: list, init: list, xs: list, count: int, 
 
     final, (ys, rest) = lax.scan(step, init, xs, count, reverse, unroll)
     others = iter(rest)
-    return final, ys, [_shifted(init[i], ys[emitted[i]], reverse) if i in emitted else next(others) for i in range(len(init))]
+    return final, ys, [shifted(init[i], ys[emitted[i]], reverse) if i in emitted else next(others) for i in range(len(init))]
 
 
-def _shifted(start: Array, leaving: Array, reverse: bool) -> Array:
-    """What enters each step, from what enters the first and what leaves each."""
+def shifted(start: Array, leaving: Array, reverse: bool) -> Array:
+    """What enters each step, from what enters the first and what leaves each; against the chain, what leaves each from what enters."""
     if leaving.shape[0] == 0:
         return leaving
     parts = [leaving[1:], start[None]] if reverse else [start[None], leaving[:-1]]

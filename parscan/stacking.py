@@ -7,7 +7,7 @@ from typing import Any
 
 import jax
 
-from parscan.checks import describe, dtype_of, integer, is_array, named_leaves, shape_of, structure_difference
+from parscan.checks import describe, dtype_of, integer, named_leaves, not_arrays, shape_of, structure_difference
 
 STACK_THEM = "Stack them with jax.tree.map(lambda *p: jnp.stack(p), *layers), or mark what all layers share by None in `params_axes`"
 
@@ -43,9 +43,9 @@ def split_params(params: Any, params_axes: Any, length: int | None, *, source: s
     leaves, tree = jax.tree.flatten(params)
     axes = _axes(params, params_axes)
     named = named_leaves("params", params)
-    strange = [f"{name}: {leaf!r}" for name, leaf in named if not is_array(leaf)]
+    strange = not_arrays(named)
     if strange:
-        raise TypeError(f"`params` must hold arrays alone; got {', '.join(strange)}. Let the layer close over what is no array.")
+        raise TypeError(f"`params` must hold arrays alone; got {strange}. Let the layer close over what is no array.")
     length = None if length is None else integer("length", length, 0)
     stacked = [(name, leaf) for (name, leaf), axis in zip(named, axes, strict=True) if axis is not None]
     bad = [f"{name}: {describe(leaf)}" for name, leaf in stacked if not shape_of(leaf)]
@@ -90,9 +90,9 @@ def check_state(old: Any, new: Any) -> Any:
     difference = structure_difference("the layer's output", new, old)
     if difference is not None:
         raise TypeError(f"A layer must return a state like the one it was given: {difference}.")
-    strange = [f"{name}: {leaf!r}" for name, leaf in named_leaves("h", new) if not is_array(leaf)]
+    strange = not_arrays(named_leaves("h", new))
     if strange:
-        raise TypeError(f"A layer must return a state like the one it was given, made of arrays; got {', '.join(strange)}.")
+        raise TypeError(f"A layer must return a state like the one it was given, made of arrays; got {strange}.")
     pairs = zip(named_leaves("h", old), jax.tree.leaves(new), strict=True)
     wrong = [
         f"{name} was {describe(a)} and became {describe(b)}"

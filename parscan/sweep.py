@@ -8,6 +8,7 @@ action on a vector; whether it is ever written down, and for how many steps at o
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -99,14 +100,14 @@ def _through_order(journey: list[tuple[Chain, Array]], start: Array, method: Met
     """Chains of several widths by a tree over all their maps, or over those of their chunks, in the order that takes the least arithmetic."""
     size = method.size or 1 if isinstance(method, Chunked) else 1
     folded = [Folded(chain, offsets, size, reverse) for chain, offsets in journey]
-    stacks = [stack for one in folded for stack in one.stacks()]
-    widths = [chain.widths[0] for chain, one in zip([c for c, _ in journey], folded, strict=True) for _ in one.stacks()] + [journey[-1][0].widths[1]]
+    stacks = [stack for one in folded for stack in one.stacks]
+    widths = [one.chain.widths[0] for one in folded for _ in one.stacks] + [journey[-1][0].widths[1]]
     found = order.ordered(tuple(stack.count for stack in stacks), tuple(widths), journey[0][0].blocks)
     assert found.tree is not None
     left = iter(prefix.ordered(stacks, found.tree, start, affine.apply, affine.then, reverse=reverse))
     values = []
     for one in folded:
-        values.append(one.unfolded(start, [next(left) for _ in one.stacks()]))
+        values.append(one.unfolded(start, [next(left) for _ in one.stacks]))
         start = values[-1][0 if reverse else -1]
     return values
 
@@ -123,9 +124,15 @@ class Folded:
         whole = count // self.size * self.size
         self.bounds = [bounds for bounds in ((0, whole), (whole, count)) if bounds[0] < bounds[1]][:: -1 if reverse else 1]
         self.offsets = offsets
+        self.stacks = [self._stack(lo, hi) for lo, hi in self.bounds]
 
-    def stacks(self) -> list[prefix.Stack]:
-        return [self._stack(lo, hi) for lo, hi in self.bounds]
+    @functools.cached_property
+    def fold(self) -> Fold:
+        """What chunks are folded and unfolded by: the steps are linearised once for both."""
+        return Fold(self.chain, self.offsets.dtype)
+
+    def _steps(self, lo: int, hi: int) -> tuple[Any, Array]:
+        return prefix.take((self.fold.data, self.offsets), slice(lo, hi))
 
     def _part(self, lo: int, hi: int) -> tuple[Chain, Array]:
         """Steps lo … hi - 1, as a chain of its own."""
@@ -140,19 +147,26 @@ class Folded:
         return chain._replace(crossing=lambda: cut(chain.crossing()), forming=lambda: cut(chain.forming())), self.offsets[lo:hi]
 
     def _stack(self, lo: int, hi: int) -> prefix.Stack:
-        chain, offsets = self._part(lo, hi)
         size = min(self.size, hi - lo)
         if size == 1:
+            chain, offsets = self._part(lo, hi)
             cross = (lambda start: _crossed(chain, start, offsets, self.reverse)) if hi - lo == 1 else None
             return prefix.Stack(hi - lo, lambda: affine.scaled(_formed(chain, offsets)), cross)
-        return prefix.Stack((hi - lo) // size, lambda: _fold(chain, offsets, size, self.reverse), None)
+
+        def chunks():
+            return self.fold.explicit(prefix.fold(self._steps(lo, hi), size=size, identity=self.fold.identity, extend=self.fold.extend, reverse=self.reverse))
+
+        return prefix.Stack((hi - lo) // size, chunks)
 
     def unfolded(self, start: Array, left: list[Array]) -> Array:
         """The vectors leaving every step, from those leaving every map of the stacks."""
         found = []
         for (lo, hi), values in zip(self.bounds, left, strict=True):
             size = min(self.size, hi - lo)
-            found.append(values if size == 1 else _unfold(*self._part(lo, hi), size, start, values, self.reverse))
+            if size > 1:
+                before = prefix.entering(prefix.boundaries(start, values, self.reverse), self.reverse)
+                values = prefix.unfold(self._steps(lo, hi), before, size=size, cross=self.fold.cross, reverse=self.reverse)
+            found.append(values)
             start = found[-1][0 if self.reverse else -1]
         return jnp.concatenate(found[:: -1 if self.reverse else 1])
 
@@ -203,19 +217,6 @@ def _chunked(chain: Chain, start: Array, offsets: Array, size: int, levels: int 
 
     steps = (fold.data, offsets)
     return prefix.chunked(steps, start, size=size, identity=fold.identity, extend=fold.extend, cross=fold.cross, through=through, reverse=reverse)
-
-
-def _fold(chain: Chain, offsets: Array, size: int, reverse: bool) -> Affine:
-    """The maps of chunks of `size` steps, which divides the chain's length."""
-    fold = Fold(chain, offsets.dtype)
-    return fold.explicit(prefix.fold((fold.data, offsets), size=size, identity=fold.identity, extend=fold.extend, reverse=reverse))
-
-
-def _unfold(chain: Chain, offsets: Array, size: int, start: Array, left: Array, reverse: bool) -> Array:
-    """The vectors inside chunks, from those leaving each."""
-    fold = Fold(chain, offsets.dtype)
-    before = prefix.entering(prefix.boundaries(start, left, reverse), reverse)
-    return prefix.unfold((fold.data, offsets), before, size=size, cross=fold.cross, reverse=reverse)
 
 
 class Fold:
