@@ -1,0 +1,25 @@
+"""Kinds of Jacobian: how a linear map is stored, applied, multiplied, recognised and formed. One kind, one file."""
+
+from parscan.jacobians.base import Evidence, Form, Index, Jacobian, Pattern
+from parscan.jacobians.blocks import BlockDiagonal, DirectSum
+from parscan.jacobians.dense import Dense
+from parscan.jacobians.diagonal import Diagonal, Identity
+from parscan.jacobians.permutation import Permutation
+from parscan.jacobians.products import TABLE, matched, product
+
+__all__ = [
+    "TABLE",
+    "BlockDiagonal",
+    "Dense",
+    "Diagonal",
+    "DirectSum",
+    "Evidence",
+    "Form",
+    "Identity",
+    "Index",
+    "Jacobian",
+    "Pattern",
+    "Permutation",
+    "matched",
+    "product",
+]

@@ -1,0 +1,249 @@
+"""What every kind of Jacobian can do, and what is known of one before any number is: its pattern and its form."""
+
+from __future__ import annotations
+
+import functools
+import math
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array, lax
+
+from parscan import exponents
+
+_UNROLLED = 8  # up to this size XLA's fused multiply-and-sum beats a call to a GEMM of tiny matrices
+
+
+class Jacobian:
+    """A linear map from vectors (..., n) to vectors (..., p), or a stack of independent ones: the leading axes of its arrays.
+
+    A leading axis of length 1 stands for any length: what is the same for all steps, or for all blocks, is kept and multiplied once.
+    A kind is one subclass in one file: a frozen dataclass registered by `kind`, with the operations below and a way to be recognised.
+    Products are taken at the highest precision the device has, since a long chain compounds what each product loses.
+    """
+
+    shifts_freely: ClassVar[bool] = True  # whether `shifted` takes any rows, or only the exponents of another of its kind
+
+    @property
+    def size(self) -> int:
+        """n, the length of the vectors it acts on."""
+        raise NotImplementedError
+
+    @property
+    def rows(self) -> int:
+        """p, the length of the vectors it makes."""
+        return self.size
+
+    def apply(self, vector: Array) -> Array:
+        """J v; vector (..., n), the result (..., p)."""
+        raise NotImplementedError
+
+    def transpose(self) -> Jacobian:
+        """Jᵀ, which `apply` applies to cotangents."""
+        raise NotImplementedError
+
+    def after(self, first: Any) -> Jacobian:
+        """The product self · first with another of this kind, `first` being applied first. A kind that fills in returns a `Dense` where that is smaller."""
+        raise NotImplementedError
+
+    def balanced(self) -> tuple[Any, Array]:
+        """J as a mantissa and one exponent a column, int32 (..., n)."""
+        raise NotImplementedError
+
+    def shifted(self, rows: Array) -> tuple[Any, Array]:
+        """2^rows · J, balanced anew, for a J that is balanced; rows int32 (..., p), exponents int32 (..., n)."""
+        raise NotImplementedError
+
+    def to_dense(self) -> Array:
+        """The full matrix, (..., p, n)."""
+        raise NotImplementedError
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all its arrays."""
+        return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(self))
+
+    @property
+    def product_flops(self) -> int:
+        """Floating-point operations of `after` with another like it."""
+        raise NotImplementedError
+
+    @property
+    def apply_flops(self) -> int:
+        """Floating-point operations of `apply`."""
+        return 2 * sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(self))
+
+    @classmethod
+    def of(cls, other: Any) -> Any:
+        """A map of a kind that the table of products lets this one stand for, written as this kind."""
+        raise NotImplementedError
+
+    @classmethod
+    def recognised(cls, evidence: Evidence) -> Form | None:
+        """How Jacobians with this evidence are formed as this kind; None if they are not of it."""
+        raise NotImplementedError
+
+    @classmethod
+    def from_images(cls, images: Array, form: Form) -> Any:
+        """From the images of the seeds: images (..., pushes, p), images[..., k, :] = J s_k."""
+        raise NotImplementedError
+
+
+def kind(*, static: tuple[str, ...] = ()):
+    """Class decorator: a frozen dataclass whose fields are arrays (or Jacobians), but for `static` ones, as a pytree."""
+
+    def register(cls):
+        cls = dataclass(frozen=True)(cls)
+        arrays = [name for name in cls.__dataclass_fields__ if name not in static]
+        return jax.tree_util.register_dataclass(cls, data_fields=arrays, meta_fields=list(static))
+
+    return register
+
+
+class Index:
+    """A constant array of integers that compares by value."""
+
+    def __init__(self, values: Any):
+        self.values = np.ascontiguousarray(values, np.int32)
+        self._key = (self.values.shape, self.values.tobytes())
+
+    def __hash__(self) -> int:
+        return hash(self._key)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Index) and self._key == other._key
+
+    def __repr__(self) -> str:
+        return f"Index({np.array2string(self.values, threshold=8, separator=', ')})"
+
+
+class Pattern:
+    """Where a matrix may be non-zero: `rows[k]`, `columns[k]`, sorted by row and then by column, of a (p, n) matrix. Compares by value."""
+
+    def __init__(self, shape: tuple[int, int], rows: np.ndarray, columns: np.ndarray):
+        self.shape = shape
+        codes = np.unique(np.asarray(rows, np.int64) * max(shape[1], 1) + np.asarray(columns, np.int64))
+        self.rows, self.columns = np.divmod(codes, max(shape[1], 1))
+        self._key = (shape, codes.tobytes())
+
+    @classmethod
+    def of(cls, matrix: Any) -> Pattern:
+        """The non-zeros of a matrix, NumPy's or SciPy's."""
+        rows, columns = matrix.nonzero()
+        return cls(tuple(matrix.shape), rows, columns)
+
+    def __hash__(self) -> int:
+        return hash(self._key)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Pattern) and self._key == other._key
+
+    def __repr__(self) -> str:
+        return f"Pattern({self.shape[0]} × {self.shape[1]}, {self.count} entries)"
+
+    @property
+    def count(self) -> int:
+        """How many entries."""
+        return len(self.rows)
+
+    @property
+    def bandwidth(self) -> int:
+        """The largest |row - column|."""
+        return int(np.abs(self.rows - self.columns).max(initial=0))
+
+    @property
+    def is_diagonal(self) -> bool:
+        return self.shape[0] == self.shape[1] and self.bandwidth == 0
+
+    def transpose(self) -> Pattern:
+        return Pattern((self.shape[1], self.shape[0]), self.columns, self.rows)
+
+    def after(self, first: Pattern) -> Pattern:
+        """Of a product."""
+        return Pattern.of(self.sparse() @ first.sparse())
+
+    def sparse(self) -> Any:
+        """As a SciPy array of ones (SciPy comes with JAX)."""
+        import scipy.sparse
+
+        return scipy.sparse.csr_array((np.ones(self.count, np.int64), (self.rows, self.columns)), shape=self.shape)
+
+    @functools.cached_property
+    def colours(self) -> np.ndarray:
+        """For every column a colour; columns of one colour have no row in common. Greedy, in the order of the columns."""
+        conflicts = (self.sparse().T @ self.sparse()).tocsr()
+        found = np.full(self.shape[1], -1)
+        for column in range(self.shape[1]):
+            taken = found[conflicts.indices[conflicts.indptr[column] : conflicts.indptr[column + 1]]]
+            free = np.ones(len(taken) + 1, bool)
+            free[taken[(taken >= 0) & (taken < len(free))]] = False
+            found[column] = int(free.argmax())
+        return found
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """What is proved of the blocks that a step's Jacobian falls into, all of them together.
+
+    shape: (p, n) of a block. pattern: where an entry may be non-zero in any of them; None if that is not known. moves: every entry that
+    may be non-zero is 1.
+    """
+
+    shape: tuple[int, int]
+    pattern: Pattern | None = None
+    moves: bool = False
+
+    def transpose(self) -> Evidence:
+        return replace(self, shape=self.shape[::-1], pattern=None if self.pattern is None else self.pattern.transpose())
+
+
+@dataclass(frozen=True)
+class Form:
+    """How the Jacobians of one kind are formed: by pushing seeds, sums of basis vectors, through the step.
+
+    colours: for every column the seed that it is in; entries of the columns of one seed are told apart by their rows. None if nothing is pushed.
+    static: whatever else the kind needs to know.
+    """
+
+    kind: type[Jacobian]
+    shape: tuple[int, int]
+    colours: Index | None
+    static: Any = None
+
+    @property
+    def pushes(self) -> int:
+        """How many seeds."""
+        return 0 if self.colours is None else int(self.colours.values.max(initial=-1)) + 1
+
+    def seeds(self) -> np.ndarray:
+        """The seeds, (pushes, n)."""
+        return np.zeros((0, self.shape[1])) if self.colours is None else np.arange(self.pushes)[:, None] == self.colours.values
+
+    def abstract(self, dtype: Any = jnp.float32) -> Any:
+        """The Jacobian that comes out, with shapes in the place of arrays."""
+        images = jax.ShapeDtypeStruct((self.pushes, self.shape[0]), dtype)
+        return jax.eval_shape(lambda images: self.kind.from_images(images, self), images)
+
+
+def dot(matrix: Array, vector: Array) -> Array:
+    """(..., p, n) times (..., n); a leading axis of length 1 of the matrix stands for any length."""
+    if matrix.shape[-1] <= _UNROLLED:
+        return (matrix * vector[..., None, :]).sum(-1)
+    if matrix.ndim > 2 and matrix.shape[-3] == 1 and vector.ndim > 1 and vector.shape[-2] > 1:  # one matrix for many vectors: a single product
+        return jnp.matmul(vector, matrix[..., 0, :, :].swapaxes(-1, -2), precision=lax.Precision.HIGHEST)
+    return jnp.einsum("...ij,...j->...i", matrix, vector, precision=lax.Precision.HIGHEST)
+
+
+def balanced(matrix: Array, rows: Array | None) -> tuple[Array, Array]:
+    """2^rows · matrix as (mantissa, e), with mantissa · 2^e and every column's largest entry in [1/2, 1).
+
+    matrix (..., p, n), rows int32 (..., p) or None, e int32 (..., n). Exact, but for entries 2^126 below their column's largest.
+    """
+    each = exponents.exponent(matrix) if rows is None else exponents.exponent(matrix) + rows[..., :, None]
+    top = each.max(-2) if matrix.shape[-2] else jnp.zeros((*each.shape[:-2], each.shape[-1]), jnp.int32)
+    top = jnp.where(top < exponents.NONE // 2, 0, top)
+    shift = -top[..., None, :] if rows is None else rows[..., :, None] - top[..., None, :]
+    return exponents.scaled(matrix, shift), top

@@ -1,0 +1,161 @@
+"""Maps that fall apart: into blocks of one kind and size, and into parts of several kinds and sizes."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import jax.numpy as jnp
+from jax import Array
+
+from parscan.jacobians.base import Jacobian, kind
+from parscan.jacobians.dense import Dense
+from parscan.jacobians.products import product
+
+
+@kind(static=("counts",))
+class BlockDiagonal(Jacobian):
+    """Equal blocks along the diagonal: a batch of states that do not mix.
+
+    Args:
+        blocks: floating-point array of shape (..., b, m, m), or (..., b, q, m); it acts on vectors of length n = b·m, block after block. Or blocks of
+            another kind, stacked along its last leading axes.
+        counts: how many blocks, along each of those axes; an axis of length 1 in `blocks` is one block for all of them. From the array, if not given.
+
+    Example:
+        >>> parscan.BlockDiagonal(jnp.ones((100, 4, 3, 3))).size
+        12
+    """
+
+    blocks: Any
+    counts: tuple[int, ...] | None = None
+
+    @property
+    def inner(self) -> Any:
+        """One block, the others being along leading axes."""
+        return self.blocks if isinstance(self.blocks, Jacobian) else Dense(self.blocks)
+
+    @property
+    def along(self) -> tuple[int, ...]:
+        """How many blocks along each of the axes of blocks."""
+        return (self.blocks.shape[-3],) if self.counts is None else self.counts
+
+    def _like(self, inner: Any) -> BlockDiagonal:
+        plain = isinstance(inner, Dense) and self.counts is None
+        return BlockDiagonal(inner.matrix if plain else inner, None if plain else self.along)
+
+    @property
+    def size(self) -> int:
+        return math.prod(self.along) * self.inner.size
+
+    @property
+    def rows(self) -> int:
+        return math.prod(self.along) * self.inner.rows
+
+    def split(self, vector: Array) -> Array:
+        """(..., n) as (..., *counts, m)."""
+        return vector.reshape(*vector.shape[:-1], *self.along, vector.shape[-1] // math.prod(self.along))
+
+    def _joined(self, vector: Array, width: int) -> Array:
+        """(..., *counts, m) as (..., n); axes of length 1, or none at all, stand for any number."""
+        lead = vector.shape[: max(vector.ndim - 1 - len(self.along), 0)]
+        return jnp.broadcast_to(vector, (*lead, *self.along, width)).reshape(*lead, math.prod(self.along) * width)
+
+    def apply(self, vector: Array) -> Array:
+        return self._joined(self.inner.apply(self.split(vector)), self.inner.rows)
+
+    def transpose(self) -> BlockDiagonal:
+        return self._like(self.inner.transpose())
+
+    def after(self, first: BlockDiagonal) -> BlockDiagonal:
+        return self._like(product(self.inner, first.inner))
+
+    def balanced(self) -> tuple[BlockDiagonal, Array]:
+        mantissa, exponent = self.inner.balanced()
+        return self._like(mantissa), self._joined(exponent, self.inner.size)
+
+    def shifted(self, rows: Array) -> tuple[BlockDiagonal, Array]:
+        mantissa, exponent = self.inner.shifted(self.split(rows))
+        return self._like(mantissa), self._joined(exponent, self.inner.size)
+
+    def to_dense(self) -> Array:
+        dense = self.inner.to_dense()
+        q, m = dense.shape[-2:]
+        lead = dense.shape[: max(dense.ndim - 2 - len(self.along), 0)]
+        b = math.prod(self.along)
+        blocks = jnp.broadcast_to(dense, (*lead, *self.along, q, m)).reshape(*lead, b, q, m)
+        full = jnp.eye(b, dtype=dense.dtype)[:, None, :, None] * blocks[..., :, :, None, :]
+        return full.reshape(*lead, b * q, b * m)
+
+    @property
+    def product_flops(self) -> int:
+        return self.inner.product_flops
+
+
+@kind()
+class DirectSum(Jacobian):
+    """Several maps side by side, each on coordinates of its own: blocks of several sizes, or kinds.
+
+    Args:
+        parts: Jacobians; vectors are those of the parts, one after another.
+
+    Example:
+        >>> parscan.DirectSum((parscan.Diagonal(jnp.ones(4)), parscan.Dense(jnp.ones((3, 3))))).size
+        7
+    """
+
+    parts: tuple[Any, ...]
+
+    @property
+    def size(self) -> int:
+        return sum(part.size for part in self.parts)
+
+    @property
+    def rows(self) -> int:
+        return sum(part.rows for part in self.parts)
+
+    def apply(self, vector: Array) -> Array:
+        some = split(vector, [part.size for part in self.parts])
+        return jnp.concatenate([part.apply(v) for part, v in zip(self.parts, some, strict=True)], axis=-1)
+
+    def transpose(self) -> DirectSum:
+        return DirectSum(tuple(part.transpose() for part in self.parts))
+
+    def after(self, first: DirectSum) -> DirectSum:
+        return DirectSum(tuple(product(a, b) for a, b in zip(self.parts, first.parts, strict=True)))
+
+    def balanced(self) -> tuple[DirectSum, Array]:
+        return _gathered([part.balanced() for part in self.parts])
+
+    def shifted(self, rows: Array) -> tuple[DirectSum, Array]:
+        some = split(rows, [part.rows for part in self.parts])
+        return _gathered([part.shifted(r) for part, r in zip(self.parts, some, strict=True)])
+
+    def to_dense(self) -> Array:
+        dense = [part.to_dense() for part in self.parts]
+        lead = jnp.broadcast_shapes(*(d.shape[:-2] for d in dense))
+        rows, at = [], 0
+        for d in dense:
+            row = jnp.zeros((*lead, d.shape[-2], self.size), d.dtype)
+            rows.append(row.at[..., at : at + d.shape[-1]].set(d))
+            at += d.shape[-1]
+        return jnp.concatenate(rows, axis=-2)
+
+    @property
+    def product_flops(self) -> int:
+        return sum(part.product_flops for part in self.parts)
+
+
+def split(vector: Array, sizes: Sequence[int]) -> list[Array]:
+    """(..., n) in consecutive pieces."""
+    bounds = list(itertools.accumulate(sizes, initial=0))
+    return [vector[..., lo:hi] for lo, hi in itertools.pairwise(bounds)]
+
+
+def _gathered(pairs: Sequence[tuple[Any, Array]]) -> tuple[DirectSum, Array]:
+    """Mantissas side by side, and their exponents."""
+    lead = jnp.broadcast_shapes(*(exponent.shape[:-1] for _, exponent in pairs))
+    exponent = [jnp.broadcast_to(e, (*lead, e.shape[-1])) for _, e in pairs]
+    return DirectSum(tuple(mantissa for mantissa, _ in pairs)), jnp.concatenate(exponent, axis=-1)
