@@ -15,26 +15,30 @@ Public names: `scan`, `chain`, `forward`, `parallel_backward`, `linear_scan`, `p
 
 from parscan.backward import Gradients, parallel_backward
 from parscan.chains import chain, forward
-from parscan.jacobians import BlockDiagonal, Dense, Diagonal
+from parscan.claims import Band, Blocks
+from parscan.jacobians import BlockDiagonal, Dense, Diagonal, DirectSum, Identity, Permutation
 from parscan.linear import linear_scan
 from parscan.methods import Associative, Chunked, Lax, Method, Sequential, Tree, Walk
 from parscan.planning import Plan
 from parscan.plans import plan
 from parscan.scanning import scan
-from parscan.structure import Blocks
 
 __version__ = "0.1.0"
 
 __all__ = [
     "Associative",
+    "Band",
     "BlockDiagonal",
     "Blocks",
     "Chunked",
     "Dense",
     "Diagonal",
+    "DirectSum",
     "Gradients",
+    "Identity",
     "Lax",
     "Method",
+    "Permutation",
     "Plan",
     "Sequential",
     "Tree",

@@ -14,9 +14,11 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
+import jax
+import jax.numpy as jnp
 from jax import Array
 
-from parscan import exponents
+from parscan import exponents, jacobians, prefix
 
 
 class Affine(NamedTuple):
@@ -38,10 +40,11 @@ def then(second: Affine, first: Affine) -> Affine:
 
     P₂ 2^e₂ P₁ 2^e₁: 2^e₂ P₁ is rescaled by column before it meets P₂, so nothing overflows on the way, and so is the product.
     """
-    outer: Any = scaled(second)  # of the same kind as `first`
+    outer: Any = scaled(second)
     inner: Any = scaled(first)
-    matrix, carried = inner.matrix.shifted(outer.exponent)
-    matrix, exponent = renormalised(outer.matrix.after(matrix), inner.exponent + carried)
+    left, right = jacobians.matched(outer.matrix, inner.matrix)
+    right, carried = right.shifted(outer.exponent)
+    matrix, exponent = renormalised(jacobians.product(left, right), inner.exponent + carried)
     return Affine(matrix, exponent, apply(second, first.offset))
 
 
@@ -56,4 +59,17 @@ def scaled(crossing: Affine) -> Affine:
     if crossing.exponent is not None:
         return crossing
     matrix, exponent = crossing.matrix.balanced()
-    return Affine(matrix, exponent, crossing.offset)
+    missing = crossing.offset.ndim - exponent.ndim  # leading axes along which all maps are the same
+    return Affine(matrix, exponent.reshape((1,) * missing + exponent.shape), crossing.offset)
+
+
+def one_after_another(first: Affine, second: Affine) -> Affine:
+    """Two stacks of maps as one, whatever kinds they are of."""
+    a, b = jacobians.alike(first.matrix, second.matrix)
+    first, second = prefix.expanded(first._replace(matrix=a)), prefix.expanded(second._replace(matrix=b))
+    return jax.tree.map(_stacked, first, second)
+
+
+def _stacked(a: Array, b: Array) -> Array:
+    shape = jnp.broadcast_shapes(a.shape[1:], b.shape[1:])
+    return jnp.concatenate([jnp.broadcast_to(a, (a.shape[0], *shape)), jnp.broadcast_to(b, (b.shape[0], *shape))])

@@ -13,12 +13,13 @@ from jax import Array, lax
 
 from parscan import checks, system
 from parscan.chains import Layers
+from parscan.claims import parse_structure
 from parscan.jaxprs import is_batchable, jit_unless_staged
 from parscan.methods import Lax, Method, Sequential, parse_method
 from parscan.network import Link, Network, is_sequence, like_sequence, read_sequence, read_stacked, stack
 from parscan.planning import Plan, Stretch, plan_chain
 from parscan.recurrence import Recurrence, Run
-from parscan.structure import layouts_of, parse_structure
+from parscan.structure import structures_of
 
 
 @jax.tree_util.register_pytree_with_keys_class
@@ -324,11 +325,11 @@ def _states_after(link: Link) -> list[jax.ShapeDtypeStruct]:
 def _part(network: Network, stretch: Stretch) -> Part:
     links = network.links[stretch.lo : stretch.hi]
     closed_over = tuple(link.closed_over for link in links)
-    if stretch.layouts is not None and not isinstance(stretch.plan.method, Lax):
-        return Part(network.recurrence(stretch, stretch.layouts, stretch.plan.method), closed_over, False, True)
+    if stretch.structures is not None and not isinstance(stretch.plan.method, Lax):
+        return Part(network.recurrence(stretch, stretch.structures, stretch.plan.method), closed_over, False, True)
     by_jax = isinstance(stretch.plan.method, Lax) or not all(is_batchable(link.step.program) for link in links)
-    layouts = layouts_of([(link.step.program, link.step.repeats) for link in links], "dense")
-    return Part(network.recurrence(stretch, layouts, Sequential()), closed_over, by_jax, False)
+    dense = structures_of([(link.step.program, link.step.repeats) for link in links], "dense")
+    return Part(network.recurrence(stretch, dense, Sequential()), closed_over, by_jax, False)
 
 
 def _run(spec: Backward, consts: list[list], xs: list[list], states: list[list], cotangents: tuple[list, list[list]]) -> tuple:
@@ -356,7 +357,7 @@ def _linearised(run: Run, consts: list, xs: list, states: list, closed_over: int
     shared = tuple(i for i in range(closed_over, len(consts)) if checks.is_inexact(consts[i]))
     floats = tuple(i for i, h in enumerate(states) if checks.is_inexact(h))
     inputs = tuple(i for i, x in enumerate(xs) if checks.is_inexact(x))
-    return system.Linearised(run.program, run.before, run.after, consts, xs, states, shared, floats, inputs, (), run.count)
+    return system.Linearised(run.program, run.structure, consts, xs, states, shared, floats, inputs, (), run.count)
 
 
 def _by_system(part: Part, runs: list[system.Linearised], start: list, leaving: list[list]) -> tuple[list, list[system.RunUnknowns]]:

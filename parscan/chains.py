@@ -10,11 +10,11 @@ import jax.numpy as jnp
 from jax import lax
 
 from parscan import checks
+from parscan.claims import Claim, parse_structure
 from parscan.methods import Lax, Method, parse_method
 from parscan.network import Network, check_layers, is_sequence, read_sequence, read_stacked
 from parscan.planning import plan_chain
 from parscan.recurrence import run_recurrence, run_recurrence_stored, run_steps, shifted
-from parscan.structure import Claim, parse_structure
 
 State = TypeVar("State")
 Layers = Callable[[Any, Any], Any] | Sequence[Callable[[Any, Any], Any]]
@@ -125,11 +125,11 @@ def _run(network: Network, method: Method | None, claim: Claim | None, *, stored
     for stretch in stretches:
         links = network.links[stretch.lo : stretch.hi]
         consts, xs = [link.consts for link in links], [link.xs for link in links]
-        by_jax = stretch.layouts is None or isinstance(stretch.plan.method, Lax)
+        by_jax = stretch.structures is None or isinstance(stretch.plan.method, Lax)
         if stored and not by_jax:
-            h, _, entering = run_recurrence_stored(network.recurrence(stretch, stretch.layouts, stretch.plan.method), consts, h, xs)
+            h, _, entering = run_recurrence_stored(network.recurrence(stretch, stretch.structures, stretch.plan.method), consts, h, xs)
         elif not by_jax:
-            h, _ = run_recurrence(network.recurrence(stretch, stretch.layouts, stretch.plan.method), consts, h, xs)
+            h, _ = run_recurrence(network.recurrence(stretch, stretch.structures, stretch.plan.method), consts, h, xs)
             continue
         else:
             entering = []

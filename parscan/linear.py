@@ -12,6 +12,7 @@ from jax import Array, lax
 from parscan import checks, prefix
 from parscan.jacobians import BlockDiagonal, Dense, Diagonal, Jacobian
 from parscan.methods import Chunked, Lax, Method, Sequential, Tree, Walk, parse_method
+from parscan.structure import forms_of
 from parscan.sweep import Chain, sweep
 
 _RANK = {Dense: 2, Diagonal: 1, BlockDiagonal: 3}
@@ -80,11 +81,10 @@ def _entries(A: Jacobian, count: int) -> tuple[Any, Any]:
 def _chain(A: Jacobian, count: int) -> Chain:
     def forming():
         if _is_shared(A):
-            return jnp.zeros((count, 0)), lambda data: jax.tree.map(lambda x: jnp.broadcast_to(x, (data.shape[0], *x.shape)), A)
+            return jnp.zeros((count, 0)), lambda data: jax.tree.map(lambda x: x[None], A)
         return A, lambda some: some
 
-    blocks, width = (A.size, 1) if isinstance(A, Diagonal) else (1, A.size) if isinstance(A, Dense) else A.blocks.shape[-3:-1]
-    return Chain(lambda: _entries(A, count), forming, blocks, (width, width), type(A))
+    return Chain(lambda: _entries(A, count), forming, forms_of(A), _is_shared(A))
 
 
 def _is_shared(A: Jacobian) -> bool:

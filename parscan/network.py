@@ -21,7 +21,7 @@ from parscan.methods import Method
 from parscan.planning import Step, Stretch
 from parscan.recurrence import Recurrence, Run
 from parscan.stacking import Stacked, check_layer, check_state, split_params
-from parscan.structure import Layout
+from parscan.structure import Structure
 
 _stack: Callable[[list], Array] = getattr(lax, "stack", jnp.stack)  # one equation, whose transpose is one, from jax 0.10.1 on
 _unstack: Callable[[Array], Sequence[Array]] = getattr(lax, "unstack", jnp.unstack)
@@ -119,13 +119,11 @@ class Network:
                 found[i] = total
         return found
 
-    def recurrence(self, stretch: Stretch, layouts: Sequence[Layout] | None, method: Method) -> Recurrence:
-        """A stretch as what is compiled, between states with these layouts."""
-        assert layouts is not None
-        runs = []
-        for link, before, after in zip(self.links[stretch.lo : stretch.hi], layouts, layouts[1:], strict=False):
-            runs.append(Run(link.step.program, before, after, link.step.count, link.step.repeats))
-        return Recurrence(tuple(runs), method)
+    def recurrence(self, stretch: Stretch, structures: Sequence[Structure] | None, method: Method) -> Recurrence:
+        """A stretch as what is compiled, with Jacobians of these structures."""
+        assert structures is not None
+        steps = [link.step for link in self.links[stretch.lo : stretch.hi]]
+        return Recurrence(tuple(Run(step.program, one, step.count, step.repeats) for step, one in zip(steps, structures, strict=True)), method)
 
 
 def _prepended(start: Any, rest: Any) -> Any:

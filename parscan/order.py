@@ -23,7 +23,7 @@ import itertools
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -107,19 +107,20 @@ def applies(count: int, whole: bool) -> int:
 
 
 @functools.lru_cache(maxsize=256)
-def ordered(counts: tuple[int, ...], widths: tuple[int, ...], blocks: int = 1) -> Order:
+def ordered(counts: tuple[int, ...], widths: tuple[Any, ...], blocks: Any = 1) -> Order:
     """The cheapest order for stacks of maps.
 
     Args:
         counts: maps in each stack, all of them equal; 1 for a stack whose map changes the width.
-        widths: of the vectors before, between and after the stacks, in the order of travel; one more than stacks.
-        blocks: independent blocks of those widths: a factor of the arithmetic.
+        widths: of the vectors before, between and after the stacks, in the order of travel; one more than stacks. Integers, or tuples of
+            them: the widths of independent blocks side by side.
+        blocks: how many blocks there are of that width, or of each.
 
     Returns:
         `Order`, its `flops` never above `balanced`. Stacks are kept whole where that allows it.
     """
     costs = Costs(blocks, widths)
-    balanced = costs.balanced([w for count, w in zip(counts, widths, strict=False) for _ in range(count)] + [widths[-1]])
+    balanced = costs.balanced([place for place, count in enumerate(counts) for _ in range(count)] + [len(counts)])
     whole = [Unit(stack, 0, count) for stack, count in enumerate(counts) if count]
     if not whole:
         return Order(None, 0, 0)
@@ -131,7 +132,7 @@ def ordered(counts: tuple[int, ...], widths: tuple[int, ...], blocks: int = 1) -
         if found.flops <= balanced:
             return found
     tree = _aligned(counts)
-    return Order(tree, costs.of(tree), balanced)
+    return Order(tree, int(costs.of(tree)), balanced)
 
 
 def _parts(unit: Unit, doublings: int) -> list[Unit]:
@@ -163,18 +164,19 @@ def _aligned(counts: Sequence[int]) -> Node:
 class Costs:
     """FLOPs: two for each multiply-add. A product carries its offset along, which is one matrix-vector product more."""
 
-    def __init__(self, blocks: int, widths: Sequence[int]):
-        self.blocks, self.widths = blocks, widths
+    def __init__(self, blocks: Any, widths: Sequence[Any]):
+        self.blocks = np.atleast_1d(np.asarray(blocks, float))
+        self.widths = np.asarray(widths, float).reshape(len(widths), len(self.blocks))
 
     def apply(self, w_in, w_out):
-        """A matrix times a vector."""
-        return 2 * self.blocks * w_in * w_out
+        """A matrix times a vector; widths (..., groups of blocks)."""
+        return 2 * (self.blocks * w_in * w_out).sum(-1)
 
     def join(self, w_in, middle, w_out):
         """The product of two affine maps."""
-        return 2 * self.blocks * w_in * middle * w_out + self.apply(middle, w_out)
+        return 2 * (self.blocks * w_in * middle * w_out).sum(-1) + self.apply(middle, w_out)
 
-    def ends(self, node: Node) -> tuple[int, int]:
+    def ends(self, node: Node) -> tuple[np.ndarray, np.ndarray]:
         """The widths that a node's vector has before and after it."""
         some = list(units(node))
         return self.widths[some[0].stack], self.widths[some[-1].stack + (some[-1].count == 1)]
@@ -194,9 +196,9 @@ class Costs:
         product = self.join(start, middle, end) if whole else 0
         return self.of(node.first, True) + self.apply(start, middle) + self.of(node.second, whole) + product
 
-    def balanced(self, widths: Sequence[int]) -> int:
-        """The tree of `prefix.tree` over maps of these widths, one by one."""
-        w = np.asarray(widths, float)
+    def balanced(self, places: Sequence[int]) -> int:
+        """The tree of `prefix.tree` over maps, one by one, between the vectors at these places."""
+        w = self.widths[list(places)]
         count, total = len(w) - 1, 0.0
         if count > 1 and count % 2 == 0:  # the last map is left out
             total, count = self.apply(w[-2], w[-1]), count - 1

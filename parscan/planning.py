@@ -9,10 +9,12 @@ from typing import NamedTuple
 
 import jax
 
+from parscan.claims import Claim
 from parscan.jaxprs import Program, flops, obstacle
+from parscan.layout import Group
 from parscan.methods import Associative, Chunked, Lax, Method, Tree, Walk
-from parscan.order import ordered
-from parscan.structure import Claim, Layout, kind_of, layouts_of
+from parscan.structure import Structure, blocks_of, kind_of, structures_of
+from parscan.sweep import order_of_products
 
 logger = logging.getLogger("parscan")
 
@@ -62,12 +64,12 @@ class Step:
 
 
 class Stretch(NamedTuple):
-    """Steps lo … hi - 1 of a chain, crossed by one method. `layouts`: of the states before, between and after them; None if nobody may ask."""
+    """Steps lo … hi - 1 of a chain, crossed by one method. `structures`: of their Jacobians; None if nobody may ask."""
 
     lo: int
     hi: int
     plan: Plan
-    layouts: tuple[Layout, ...] | None
+    structures: tuple[Structure, ...] | None
 
 
 SEGMENT_ENTRIES = 2**17  # numbers in the Jacobians that a walk forms at once: they stay in cache
@@ -80,10 +82,10 @@ ACCELERATOR_STATE = 2**18  # B·n² up to which chunk matrices are worth their p
 
 def plan_for(
     program: Program, length: int, method: Method | None, claim: Claim | None, *, fallback: Method, platform: str | None = None
-) -> tuple[Plan, Layout | None]:
-    """The plan for `length` steps of a recurrence, and the layout of its state (None if it is handed over); see `plan_chain`."""
+) -> tuple[Plan, Structure | None]:
+    """The plan for `length` steps of a recurrence, and the structure of their Jacobians (None if it is handed over); see `plan_chain`."""
     plan, (stretch,) = plan_chain([Step(program, length, True)], method, claim, fallback=fallback, platform=platform)
-    return plan, None if stretch.layouts is None else stretch.layouts[0]
+    return plan, None if stretch.structures is None else stretch.structures[0]
 
 
 def plan_chain(
@@ -130,7 +132,7 @@ def plan_chain(
 def _chosen_stretches(steps: Sequence[Step], claim: Claim | None, fallback: Method, platform: str) -> list[Stretch]:
     """Neighbours that may and should be crossed in parallel go together, and so do the others."""
     if claim is not None:
-        layouts_of([(step.program, step.repeats) for step in steps], claim)  # raises if it does not fit
+        structures_of([(step.program, step.repeats) for step in steps], claim)  # raises if it does not fit
     verdicts = [_verdict(step, claim, fallback, platform) for step in steps]
     stretches, lo = [], 0
     for hi in range(1, len(steps) + 1):
@@ -155,10 +157,10 @@ def _verdict(step: Step, claim: Claim | None, fallback: Method, platform: str) -
     problem = obstacle(step.program)
     if problem is not None:
         return "obstacle", fallback, f"sequential, since {problem}"
-    before, after = layouts_of([(step.program, step.repeats)], claim)
-    if step.repeats and before.size == 0:
+    (structure,) = structures_of([(step.program, step.repeats)], claim)
+    if step.repeats and structure.before.size == 0:
         return "lax", fallback, "nothing in the state is differentiable"
-    method, reason = _chosen(step, before.blocks or after.blocks, (before.width, after.width), fallback, platform)
+    method, reason = _chosen(step, structure, fallback, platform)
     return ("narrow" if method.is_parallel else type(method).__name__.lower()), method, reason
 
 
@@ -169,17 +171,16 @@ def _handed_over(steps: Sequence[Step], place: slice, method: Method, reason: st
 
 def _planned(steps: Sequence[Step], place: slice, method: Method, reason: str, claim: Claim | None, fallback: Method) -> Stretch:
     some = steps[place]
-    layouts = layouts_of([(step.program, step.repeats) for step in some], claim)
-    if not any(layout.size for layout in layouts):
+    structures = structures_of([(step.program, step.repeats) for step in some], claim)
+    if not any(structure.before.size or structure.after.size for structure in structures):
         return _handed_over(steps, place, fallback, "nothing in the state is differentiable")
-    runs = tuple(step.count for step in some)
-    blocks, width = max(layout.blocks for layout in layouts if layout.size), max(layout.width for layout in layouts)
-    sizes = sized(method, max(runs), blocks, width)
-    plan = Plan(kind_of(layouts).__name__, {width: blocks}, sizes, reason, sum(runs), runs)
+    runs, blocks = tuple(step.count for step in some), blocks_of(structures)
+    sizes = sized(method, max(runs), blocks)
+    plan = Plan(kind_of(structures), blocks, sizes, reason, sum(runs), runs)
     if len(runs) > 1 and isinstance(sizes, (Tree, Associative)):
-        found = ordered(runs[::-1], tuple(layout.width for layout in layouts)[::-1], blocks)
+        found = order_of_products(runs[::-1], [structures[0].before.groups, *(one.after.groups for one in structures)][::-1])
         plan = replace(plan, flops=found.flops, balanced_flops=found.balanced)
-    return Stretch(place.start, place.stop, plan, tuple(layouts))
+    return Stretch(place.start, place.stop, plan, tuple(structures))
 
 
 def _summary(stretches: Sequence[Stretch]) -> Plan:
@@ -209,10 +210,12 @@ def _of_layers(plan: Plan) -> str:
     return said
 
 
-def _chosen(step: Step, blocks: int, widths: tuple[int, int], fallback: Method, platform: str) -> tuple[Method, str]:
+def _chosen(step: Step, structure: Structure, fallback: Method, platform: str) -> tuple[Method, str]:
     """The rule behind `method="auto"`, for one step; README, *When it pays*, has the figures it follows."""
-    width, state = max(widths), blocks * widths[0] * widths[1]
-    name = f"{blocks} block{'s' if blocks != 1 else ''} of {width if widths[0] == widths[1] else f'{widths[1]} × {widths[0]}'}"
+    pairs = [(a, b) for a, b in zip(structure.before.groups, structure.after.groups, strict=True) if a.size or b.size]
+    blocks, width = sum(max(a.blocks, b.blocks) for a, b in pairs), max(max(a.side, b.side) for a, b in pairs)
+    state = sum(max(a.blocks, b.blocks) * a.side * b.side for a, b in pairs)
+    name = _named(pairs)
     if step.count < 2 and (platform == "cpu" or step.repeats):
         return fallback, "nothing to combine"
     if step.program.recomputes:
@@ -230,13 +233,23 @@ def _chosen(step: Step, blocks: int, widths: tuple[int, int], fallback: Method, 
     return fallback, f"{name} on {platform}: too much arithmetic for matrix products to pay"
 
 
-def sized(method: Method, length: int, blocks: int, width: int) -> Method:
-    """The method with every size that was left open chosen."""
+def _named(pairs: Sequence[tuple[Group, Group]]) -> str:
+    """Blocks in words: `32 blocks of 8`."""
+    found: dict[str, int] = {}
+    for before, after in pairs:
+        size = str(max(before.side, after.side)) if before.side == after.side else f"{after.side} × {before.side}"
+        found[size] = found.get(size, 0) + max(before.blocks, after.blocks)
+    return " and ".join(f"{count} block{'s' if count != 1 else ''} of {size}" for size, count in found.items())
+
+
+def sized(method: Method, length: int, blocks: dict[int, int]) -> Method:
+    """The method with every size that was left open chosen; blocks: from size to how many."""
     match method:
         case Walk(segment=None):
-            return Walk(_divisor_near(length, max(1, min(length, max(32, SEGMENT_ENTRIES // max(1, blocks * width**2))))))
+            entries = sum(count * width**2 for width, count in blocks.items())
+            return Walk(_divisor_near(length, max(1, min(length, max(32, SEGMENT_ENTRIES // max(1, entries))))))
         case Chunked(size=None):
-            return replace(method, size=max(1, min(8 if width < 48 else 32, length)))
+            return replace(method, size=max(1, min(8 if max(blocks) < 48 else 32, length)))
     return method
 
 

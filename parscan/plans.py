@@ -9,11 +9,11 @@ import jax
 from jax import lax
 
 from parscan.chains import Layers
+from parscan.claims import parse_structure
 from parscan.methods import Method, Sequential, parse_method
 from parscan.network import is_sequence, read_sequence
 from parscan.planning import Plan, plan_chain
 from parscan.scanning import traced_scan
-from parscan.structure import parse_structure
 
 
 def plan(

@@ -27,13 +27,22 @@ Then = Callable[[Maps, Maps], Maps]
 
 
 def length(maps: Maps) -> int:
-    """Number of maps in a stacked chain."""
-    return jax.tree.leaves(maps)[0].shape[0]
+    """Number of maps in a stacked chain. A leaf whose leading axis is 1, where others are longer, is the same for all."""
+    sizes = [leaf.shape[0] for leaf in jax.tree.leaves(maps)]
+    return 0 if 0 in sizes else max(sizes)
 
 
 def take(tree: Any, index: Any) -> Any:
     """Index or slice the leading axis of every leaf."""
-    return jax.tree.map(lambda x: x[index], tree)
+    if len({leaf.shape[0] for leaf in jax.tree.leaves(tree)}) < 2:
+        return jax.tree.map(lambda x: x[index], tree)
+    return jax.tree.map(lambda x: x[index] if x.shape[0] != 1 else x if isinstance(index, slice) else x[0], tree)
+
+
+def expanded(maps: Maps) -> Maps:
+    """The same maps with what is the same for all written out for each."""
+    count = length(maps)
+    return jax.tree.map(lambda x: x.__array_namespace__().broadcast_to(x, (count, *x.shape[1:])), maps)
 
 
 def _concat(parts: list) -> Any:
@@ -67,20 +76,20 @@ def walk(maps: Maps, start: Value, apply: Apply, *, reverse: bool = False, scan:
     return _crossing(maps, start, apply, reverse, scan)
 
 
-def up(maps: Maps, then: Then, *, reverse: bool = False, levels: int | None = None, whole: bool = False) -> list[Maps]:
+def up(maps: Maps, then: Then, *, reverse: bool = False, levels: int | None = None, carry: Callable[[Maps, Maps], Maps] | None = None) -> list[Maps]:
     """The maps, and those of every round of joining neighbours, each round half as many.
 
-    A map without a partner is nobody's burden: it is left out of the next round; with `whole` it is carried along, so that
-    the last round's one map is the product of all, in ceil(log2 C) rounds and C - 1 joins.
+    A map without a partner is nobody's burden: it is left out of the next round. With `carry`, which puts two stacks of maps one after the other, it is
+    carried along, so that the last round's one map is the product of all, in ceil(log2 C) rounds and C - 1 joins.
     """
     rounds = [maps]
     while length(rounds[-1]) > 1 and (levels is None or len(rounds) <= levels):
         maps = rounds[-1]
         _, pairs, firsts, evens, odds = _halves(maps, reverse)
         joined = then(odds, take(evens, slice(firsts - pairs, None) if reverse else slice(None, pairs)))
-        if whole and firsts > pairs:
+        if carry is not None and firsts > pairs:
             alone = take(evens, slice(None, 1) if reverse else slice(-1, None))
-            joined = jax.tree.map(lambda j, a: _concat([a, j] if reverse else [j, a]), joined, alone)
+            joined = carry(alone, joined) if reverse else carry(joined, alone)
         rounds.append(joined)
     return rounds
 
@@ -144,7 +153,7 @@ def associative(maps: Maps, start: Value, apply: Apply, then: Then, *, reverse: 
     """`lax.associative_scan`: every prefix as an explicit map, then all applied to the start."""
     if length(maps) == 0:
         return walk(maps, start, apply, reverse=reverse)
-    prefixes = lax.associative_scan(lambda earlier, later: then(later, earlier), maps, reverse=reverse)
+    prefixes = lax.associative_scan(lambda earlier, later: then(later, earlier), expanded(maps), reverse=reverse)
     return apply(prefixes, jax.tree.map(lambda s: s[None], start))
 
 
@@ -162,21 +171,36 @@ class Stack:
     cross: Callable[[Value], Value] | None = None
 
 
-def ordered(stacks: Sequence[Stack], tree: Node, start: Value, apply: Apply, then: Then, *, reverse: bool = False) -> list[Value]:
+def one_after_another(first: Maps, second: Maps) -> Maps:
+    """Two stacks as one."""
+    return jax.tree.map(lambda a, b: _concat([a, b]), expanded(first), expanded(second))
+
+
+def ordered(
+    stacks: Sequence[Stack],
+    tree: Node,
+    start: Value,
+    apply: Apply,
+    then: Then,
+    *,
+    reverse: bool = False,
+    carry: Callable[[Maps, Maps], Maps] = one_after_another,
+) -> list[Value]:
     """The values leaving each map of every stack, by a tree from `parscan.order`.
 
     Args:
         stacks: in the order of travel; `reverse` travels each from its last entry to its first.
         tree: over units of them, in the order of travel.
+        carry: how two stacks of maps become one, if they are not alike.
     """
-    return _Ordered(stacks, apply, then, reverse).values(tree, start)
+    return _Ordered(stacks, apply, then, reverse, carry).values(tree, start)
 
 
 class _Ordered:
     """Maps are formed, and products taken, when somebody first asks for them."""
 
-    def __init__(self, stacks: Sequence[Stack], apply: Apply, then: Then, reverse: bool):
-        self.stacks, self.apply, self.then, self.reverse = stacks, apply, then, reverse
+    def __init__(self, stacks: Sequence[Stack], apply: Apply, then: Then, reverse: bool, carry: Callable[[Maps, Maps], Maps]):
+        self.stacks, self.apply, self.then, self.reverse, self.carry = stacks, apply, then, reverse, carry
         self.formed: dict[int, Maps] = {}
         self.rounds: dict[Unit, list[Maps]] = {}
         self.products: dict[Node, Maps] = {}
@@ -192,7 +216,7 @@ class _Ordered:
         """The one map across a node."""
         if node not in self.products:
             if isinstance(node, Unit):
-                self.rounds[node] = up(self.maps(node), self.then, reverse=self.reverse, whole=True)
+                self.rounds[node] = up(self.maps(node), self.then, reverse=self.reverse, carry=self.carry)
                 self.products[node] = take(self.rounds[node][-1], 0)
             else:
                 self.products[node] = self.then(self.product(node.second), self.product(node.first))
@@ -243,11 +267,16 @@ def _by_chunk(steps: Maps, size: int) -> Maps:
 
 
 def _crossing(steps: Maps, value: Value, cross: Apply, reverse: bool, scan: Callable) -> Value:
-    def step(value, one):
-        value = cross(one, value)
+    leaves, tree = jax.tree.flatten(steps)
+    count = length(steps)
+    same = {i: leaf[0] for i, leaf in enumerate(leaves) if leaf.shape[0] != count}
+
+    def step(value, some):
+        rest = iter(some)
+        value = cross(jax.tree.unflatten(tree, [same[i] if i in same else next(rest) for i in range(len(leaves))]), value)
         return value, value
 
-    return scan(step, value, steps, reverse=reverse)[1]
+    return scan(step, value, [leaf for i, leaf in enumerate(leaves) if i not in same], reverse=reverse)[1]
 
 
 def chunked(

@@ -15,20 +15,20 @@ from jax.custom_derivatives import SymbolicZero, zero_from_primal
 from parscan import checks, prefix, system
 from parscan.jaxprs import Program, jit_unless_staged
 from parscan.methods import Method
-from parscan.structure import Layout, active_leaves
+from parscan.proof import active_leaves
+from parscan.structure import Structure
 
 
 @dataclass(frozen=True)
 class Run:
     """Equal steps, one after another.
 
-    before, after: the layouts of the states entering and leaving it.
+    structure: of its Jacobians.
     repeats: a loop, whose state keeps its shape; otherwise a single layer.
     """
 
     program: Program
-    before: Layout
-    after: Layout
+    structure: Structure
     count: int
     repeats: bool
 
@@ -143,7 +143,7 @@ def _derivative(spec: Recurrence, stored: Callable, primals: tuple, tangents: tu
         of_consts, of_xs = _active(c_dot), _active(x_dot)
         old, new, emitting = active_leaves(run.program, run.repeats, of_consts, active[-1], of_xs)
         emitting = tuple(i for i in emitting if run.program.forwarded[i] is None)
-        runs.append(system.Linearised(run.program, run.before, run.after, c, x, states, of_consts, old, of_xs, emitting, run.count))
+        runs.append(system.Linearised(run.program, run.structure, c, x, states, of_consts, old, of_xs, emitting, run.count))
         active.append(new)
     at = system.System(runs, spec.method, spec.reverse)
     zero = system.zeros(at)

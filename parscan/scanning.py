@@ -12,11 +12,11 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from parscan.claims import Claim, parse_structure
 from parscan.jaxprs import Flat, Program, slice_spec, trace
 from parscan.methods import Lax, Method, parse_method
 from parscan.planning import Plan, plan_for
 from parscan.recurrence import Recurrence, Run, run_recurrence
-from parscan.structure import Claim, parse_structure
 
 Carry = TypeVar("Carry")
 X = TypeVar("X")
@@ -71,11 +71,11 @@ def traced_scan(
         return None
     if not program.is_square:
         return None
-    plan, layout = plan_for(program, count, method, claim, fallback=Lax())
+    plan, structure = plan_for(program, count, method, claim, fallback=Lax())
     spec = None
-    if layout is not None and not isinstance(plan.method, Lax):
+    if structure is not None and not isinstance(plan.method, Lax):
         unrolled = (max(count, 1) if unroll else 1) if isinstance(unroll, bool) else unroll
-        spec = Recurrence((Run(program, layout, layout, count, True),), plan.method, bool(reverse), unrolled)
+        spec = Recurrence((Run(program, structure, count, True),), plan.method, bool(reverse), unrolled)
     return Traced(spec, plan, consts, flat, leaves, out_tree)
 
 

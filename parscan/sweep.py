@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -18,24 +20,25 @@ from jax import Array, lax
 
 from parscan import affine, exponents, order, prefix
 from parscan.affine import Affine
-from parscan.jacobians import Jacobian, basis
+from parscan.jacobians import Jacobian, closed, split
+from parscan.layout import Group
 from parscan.methods import Associative, Chunked, Method, Sequential, Tree, Walk
+from parscan.structure import Forms
 
 
 class Chain(NamedTuple):
-    """L linear maps of one program, on vectors of length blocks · width.
+    """L linear maps of one program.
 
     crossing: () -> (data with leading axis L, map of (one entry of data, vector (n,)) to vector (p,)).
     forming: () -> (data with leading axis L, map of stacked entries of data to their Jacobians, stacked).
-    widths: of a vector before and after a map, in the direction of travel; they differ only if L is 1.
-    kind: that of the Jacobians.
+    forms: of the Jacobians, in the direction of travel; the vectors before and after a map have different lengths only if L is 1.
+    same: all maps are one.
     """
 
     crossing: Callable[[], tuple[Any, Callable[[Any, Array], Array]]]
     forming: Callable[[], tuple[Any, Callable[[Any], Jacobian]]]
-    blocks: int
-    widths: tuple[int, int]
-    kind: type[Any]
+    forms: Forms
+    same: bool = False
 
 
 def sweep(chains: Sequence[Chain], start: Array, offsets: Sequence[Array], method: Method, *, reverse: bool) -> list[Array]:
@@ -65,7 +68,7 @@ def sweep(chains: Sequence[Chain], start: Array, offsets: Sequence[Array], metho
 
 
 def _is_constant(chain: Chain, offsets: Array) -> bool:
-    return 0 in (offsets.shape[0], chain.blocks, *chain.widths)
+    return 0 in (offsets.shape[0], *chain.forms.sizes)
 
 
 def _swept(journey: list[tuple[Chain, Array]], start: Array, method: Method, reverse: bool) -> list[Array]:
@@ -90,7 +93,7 @@ def _through_one(chain: Chain, start: Array, offsets: Array, method: Method, rev
         case Tree():
             return prefix.tree(_formed(chain, offsets), start, affine.apply, affine.then, reverse=reverse)
         case Associative():
-            return prefix.associative(affine.scaled(_formed(chain, offsets)), start, affine.apply, affine.then, reverse=reverse)
+            return prefix.associative(affine.scaled(_closed(_formed(chain, offsets))), start, affine.apply, affine.then, reverse=reverse)
         case Chunked(size=size, levels=levels):
             return _chunked(chain, start, offsets, size or 1, levels, reverse)
     raise TypeError(f"no journey by {method!r}")
@@ -101,15 +104,21 @@ def _through_order(journey: list[tuple[Chain, Array]], start: Array, method: Met
     size = method.size or 1 if isinstance(method, Chunked) else 1
     folded = [Folded(chain, offsets, size, reverse) for chain, offsets in journey]
     stacks = [stack for one in folded for stack in one.stacks]
-    widths = [one.chain.widths[0] for one in folded for _ in one.stacks] + [journey[-1][0].widths[1]]
-    found = order.ordered(tuple(stack.count for stack in stacks), tuple(widths), journey[0][0].blocks)
+    ends = [one.chain.forms.before for one in folded for _ in one.stacks] + [journey[-1][0].forms.after]
+    found = order_of_products([stack.count for stack in stacks], ends)
     assert found.tree is not None
-    left = iter(prefix.ordered(stacks, found.tree, start, affine.apply, affine.then, reverse=reverse))
+    left = iter(prefix.ordered(stacks, found.tree, start, affine.apply, affine.then, reverse=reverse, carry=affine.one_after_another))
     values = []
     for one in folded:
         values.append(one.unfolded(start, [next(left) for _ in one.stacks]))
         start = values[-1][0 if reverse else -1]
     return values
+
+
+def order_of_products(counts: Sequence[int], ends: Sequence[Sequence[Group]]) -> order.Order:
+    """The order for stacks of maps between vectors with these groups."""
+    widths = tuple(tuple(group.side for group in groups) for groups in ends)
+    return order.ordered(tuple(counts), widths, tuple(max(groups[i].blocks for groups in ends) for i in range(len(ends[0]))))
 
 
 class Folded:
@@ -181,11 +190,18 @@ def _crossed(chain: Chain, start: Array, offsets: Array, reverse: bool) -> Array
 
 def _formed(chain: Chain, offsets: Array) -> Affine:
     data, form = chain.forming()
-    return Affine(form(data), None, offsets)
+    return Affine(form(prefix.take(data, slice(0, 1)) if chain.same else data), None, offsets)
+
+
+def _closed(maps: Affine) -> Affine:
+    """Written as kinds whose products are of that kind, whatever the level: what `lax.associative_scan` needs."""
+    return maps._replace(matrix=closed(maps.matrix))
 
 
 def _walk(chain: Chain, start: Array, offsets: Array, segment: int, reverse: bool) -> Array:
     """Segments one after another; in each, Jacobians formed together and walked. A shorter one at the end of the chain."""
+    if chain.same:
+        return prefix.walk(_formed(chain, offsets), start, affine.apply, reverse=reverse)
     count, (data, form) = offsets.shape[0], chain.forming()
     steps = (data, offsets)
 
@@ -224,18 +240,20 @@ class Fold:
 
     def __init__(self, chain: Chain, dtype: Any):
         self.data, self.one = chain.crossing()
-        self.blocks, self.width, self.kind, self.dtype = chain.blocks, chain.widths[0], chain.kind, dtype
+        self.forms, self.dtype = chain.forms.closed(), dtype
+        self.blocks = tuple((group.blocks, group.side) for group in chain.forms.before)
 
     def identity(self, chunks: int) -> Affine:
-        n = self.blocks * self.width
-        columns = jnp.broadcast_to(basis(self.blocks, self.width, self.dtype), (chunks, self.width, n))
-        return Affine(_Columns(columns), jnp.zeros((chunks, n), jnp.int32), jnp.zeros((chunks, n), self.dtype))
+        seeds = self.forms.seeds(self.dtype)
+        columns = jnp.broadcast_to(seeds, (chunks, *seeds.shape))
+        n = seeds.shape[1]
+        return Affine(_Columns(columns, self.blocks), jnp.zeros((chunks, n), jnp.int32), jnp.zeros((chunks, n), self.dtype))
 
     def extend(self, step: tuple[Any, Array], maps: Affine) -> Affine:
         data, offset = step
         columns = jax.vmap(jax.vmap(self.one, (None, 0)))(data, maps.matrix.columns)
         assert maps.exponent is not None  # `identity` gave it
-        matrix, exponent = affine.renormalised(_Columns(columns), maps.exponent)
+        matrix, exponent = affine.renormalised(_Columns(columns, self.blocks), maps.exponent)
         return Affine(matrix, exponent, jax.vmap(self.one)(data, maps.offset) + offset)
 
     def cross(self, step: tuple[Any, Array], vector: Array) -> Array:
@@ -243,27 +261,27 @@ class Fold:
         return (jax.vmap(self.one) if offset.ndim == 2 else self.one)(data, vector) + offset
 
     def explicit(self, maps: Affine) -> Affine:
-        return Affine(self.kind.from_columns(maps.matrix.columns, self.blocks), maps.exponent, maps.offset)
+        return Affine(self.forms.jacobian(maps.matrix.columns), maps.exponent, maps.offset)
 
 
-@jax.tree_util.register_pytree_node_class
+@partial(jax.tree_util.register_dataclass, data_fields=["columns"], meta_fields=["blocks"])
+@dataclass(frozen=True)
 class _Columns:
-    """A matrix in the making: the images (..., width, n) of the vectors that are e_k in every block at once."""
+    """A matrix in the making: the images (..., pushes, n) of the vectors that are e_k in every block at once.
 
-    def __init__(self, columns: Array):
-        self.columns = columns
+    blocks: of each group, how many blocks and of what side.
+    """
+
+    columns: Array
+    blocks: tuple[tuple[int, int], ...]
 
     def balanced(self) -> tuple[_Columns, Array]:
-        *lead, width, n = self.columns.shape
-        blocks = self.columns.reshape(*lead, width, n // width, width)
-        largest = jnp.abs(blocks).max(-1)
-        top = jnp.where(largest == 0, 0, exponents.exponent(largest))
-        mantissa = exponents.scaled(blocks, -top[..., None]).reshape(self.columns.shape)
-        return _Columns(mantissa), top.swapaxes(-1, -2).reshape(*lead, n)
-
-    def tree_flatten(self):
-        return (self.columns,), None
-
-    @classmethod
-    def tree_unflatten(cls, _, children):
-        return cls(*children)
+        pushes, mantissas, tops = self.columns.shape[-2], [], []
+        for own, (count, side) in zip(split(self.columns, [count * side for count, side in self.blocks]), self.blocks, strict=True):
+            blocks = own.reshape(*own.shape[:-1], count, side)
+            largest = jnp.abs(blocks).max(-1, initial=0)
+            top = jnp.where(largest == 0, 0, exponents.exponent(largest))
+            mantissas.append(exponents.scaled(blocks, -top[..., None]).reshape(own.shape))
+            columns = top[..., : min(side, pushes), :].swapaxes(-1, -2)
+            tops.append(columns.reshape(*columns.shape[:-2], count * side))
+        return _Columns(jnp.concatenate(mantissas, axis=-1), self.blocks), jnp.concatenate(tops, axis=-1)

@@ -26,10 +26,10 @@ from jax import Array, lax
 
 from parscan import prefix
 from parscan.checks import is_inexact
-from parscan.jacobians import basis
 from parscan.jaxprs import Program, contracted, flops, masks_nothing, staged
+from parscan.layout import Layout
 from parscan.methods import Method
-from parscan.structure import Layout, kind_of
+from parscan.structure import Structure
 from parscan.sweep import Chain, sweep
 
 
@@ -57,7 +57,7 @@ class Linearised:
     """A run of equal steps at its stored states, and what of it is differentiated.
 
     program: the step; its carry leaves that are not floating-point are constants here.
-    before, after: coordinates of the differentiable states entering and leaving it.
+    structure: of its Jacobians, and the coordinates of the differentiable states entering and leaving it.
     consts, xs: all of them, xs with leading axis L.
     states: the carry entering each step, leading axis L.
     active_consts, active_states, active_xs, active_ys: positions of the leaves that take part. A floating-point leaf of the carry
@@ -65,8 +65,7 @@ class Linearised:
     """
 
     program: Program
-    before: Layout
-    after: Layout
+    structure: Structure
     consts: Sequence[Any]
     xs: Sequence[Any]
     states: Sequence[Any]
@@ -111,18 +110,26 @@ class Linearised:
         _, back = jax.vjp(lambda s: self.step(data, consts, s, x)[0], state)
         return self.before.to_vector(back(self.after.from_vector(vector))[0])
 
-    def chain(self, kind: type[Any], *, transposed: bool) -> Chain:
+    @property
+    def before(self) -> Layout:
+        return self.structure.before
+
+    @property
+    def after(self) -> Layout:
+        return self.structure.after
+
+    def chain(self, *, transposed: bool) -> Chain:
         """The steps as linear maps: their Jacobians, or the transposes."""
-        blocks, ends = self.before.blocks, (self.before, self.after)
+        ends = (self.before, self.after)
 
         def crossing(transposed):
             entering = ends[transposed]
             return staged(self.pull if transposed else self.push, self.data, jax.ShapeDtypeStruct((entering.size,), entering.dtype))
 
         def forming(transposed):
-            data, linear = crossing(transposed)
-            columns = basis(blocks, ends[transposed].width, ends[0].dtype)
-            return data, lambda data: kind.from_columns(jax.vmap(jax.vmap(linear, (None, 0)), (0, None))(data, columns), blocks)
+            (data, linear), forms = crossing(transposed), self.structure.forms(transposed=transposed)
+            seeds = forms.seeds(ends[0].dtype)
+            return data, lambda data: forms.jacobian(jax.vmap(jax.vmap(linear, (None, 0)), (0, None))(data, seeds))
 
         def cheaper():
             """Rows or columns: a weight meets the basis before it meets anything of the step from one side only, and then once for all.
@@ -135,8 +142,7 @@ class Linearised:
             way, data, form = min(ways, key=lambda way: flops(jax.make_jaxpr(way[2])(way[1])))
             return data, form if way == transposed else lambda data: form(data).transpose()
 
-        widths = (ends[transposed].width, ends[not transposed].width)
-        return Chain(lambda: crossing(transposed), cheaper, blocks, widths, kind)
+        return Chain(lambda: crossing(transposed), cheaper, self.structure.forms(transposed=transposed), self.structure.same)
 
     # --- all steps ----------------------------------------------------------------------------------------------------
 
@@ -201,8 +207,7 @@ class System(NamedTuple):
 
     def chains(self, *, transposed: bool) -> list[Chain]:
         """The runs as linear maps."""
-        kind = kind_of([layout for run in self.runs for layout in (run.before, run.after)])
-        return [run.chain(kind, transposed=transposed) for run in self.runs]
+        return [run.chain(transposed=transposed) for run in self.runs]
 
     def entering(self, u: Unknowns) -> Iterator[list[Array]]:
         """Of each run, the states entering every step, leading axis L."""

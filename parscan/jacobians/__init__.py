@@ -1,13 +1,15 @@
 """Kinds of Jacobian: how a linear map is stored, applied, multiplied, recognised and formed. One kind, one file."""
 
 from parscan.jacobians.base import Evidence, Form, Index, Jacobian, Pattern
-from parscan.jacobians.blocks import BlockDiagonal, DirectSum
+from parscan.jacobians.blocks import BlockDiagonal, DirectSum, alike, closed, matched, product, split
 from parscan.jacobians.dense import Dense
 from parscan.jacobians.diagonal import Diagonal, Identity
 from parscan.jacobians.permutation import Permutation
-from parscan.jacobians.products import TABLE, matched, product
+from parscan.jacobians.products import TABLE
+from parscan.jacobians.registry import KINDS, recognised, register
 
 __all__ = [
+    "KINDS",
     "TABLE",
     "BlockDiagonal",
     "Dense",
@@ -20,6 +22,11 @@ __all__ = [
     "Jacobian",
     "Pattern",
     "Permutation",
+    "alike",
+    "closed",
     "matched",
     "product",
+    "recognised",
+    "register",
+    "split",
 ]

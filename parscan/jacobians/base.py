@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import math
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from typing import Any, ClassVar, dataclass_transform
 
 import jax
 import jax.numpy as jnp
@@ -92,6 +92,7 @@ class Jacobian:
         raise NotImplementedError
 
 
+@dataclass_transform(frozen_default=True)
 def kind(*, static: tuple[str, ...] = ()):
     """Class decorator: a frozen dataclass whose fields are arrays (or Jacobians), but for `static` ones, as a pytree."""
 

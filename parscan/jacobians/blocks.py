@@ -7,12 +7,14 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jax import Array
 
+from parscan.jacobians import products
 from parscan.jacobians.base import Jacobian, kind
 from parscan.jacobians.dense import Dense
-from parscan.jacobians.products import product
+from parscan.jacobians.diagonal import Diagonal
 
 
 @kind(static=("counts",))
@@ -42,7 +44,8 @@ class BlockDiagonal(Jacobian):
         """How many blocks along each of the axes of blocks."""
         return (self.blocks.shape[-3],) if self.counts is None else self.counts
 
-    def _like(self, inner: Any) -> BlockDiagonal:
+    def like(self, inner: Any) -> BlockDiagonal:
+        """As many blocks, of another kind or with other numbers."""
         plain = isinstance(inner, Dense) and self.counts is None
         return BlockDiagonal(inner.matrix if plain else inner, None if plain else self.along)
 
@@ -67,18 +70,18 @@ class BlockDiagonal(Jacobian):
         return self._joined(self.inner.apply(self.split(vector)), self.inner.rows)
 
     def transpose(self) -> BlockDiagonal:
-        return self._like(self.inner.transpose())
+        return self.like(self.inner.transpose())
 
     def after(self, first: BlockDiagonal) -> BlockDiagonal:
-        return self._like(product(self.inner, first.inner))
+        return self.like(products.product(self.inner, first.inner))
 
     def balanced(self) -> tuple[BlockDiagonal, Array]:
         mantissa, exponent = self.inner.balanced()
-        return self._like(mantissa), self._joined(exponent, self.inner.size)
+        return self.like(mantissa), self._joined(exponent, self.inner.size)
 
     def shifted(self, rows: Array) -> tuple[BlockDiagonal, Array]:
         mantissa, exponent = self.inner.shifted(self.split(rows))
-        return self._like(mantissa), self._joined(exponent, self.inner.size)
+        return self.like(mantissa), self._joined(exponent, self.inner.size)
 
     def to_dense(self) -> Array:
         dense = self.inner.to_dense()
@@ -146,6 +149,48 @@ class DirectSum(Jacobian):
     @property
     def product_flops(self) -> int:
         return sum(part.product_flops for part in self.parts)
+
+
+def matched(second: Any, first: Any) -> tuple[Any, Any]:
+    """Both maps as their product needs them, see `parscan.jacobians.products`: block by block, part by part."""
+    if isinstance(second, BlockDiagonal) and isinstance(first, BlockDiagonal) and second.along == first.along:
+        a, b = products.matched(second.inner, first.inner)
+        return second.like(a), first.like(b)
+    if isinstance(second, DirectSum) and isinstance(first, DirectSum):
+        pairs = [matched(a, b) for a, b in zip(second.parts, first.parts, strict=True)]
+        return DirectSum(tuple(a for a, _ in pairs)), DirectSum(tuple(b for _, b in pairs))
+    return products.matched(second, first)
+
+
+def product(second: Any, first: Any) -> Any:
+    """second · first, `first` being applied first."""
+    if isinstance(second, BlockDiagonal) and isinstance(first, BlockDiagonal) and second.along == first.along:
+        return second.after(first)
+    if isinstance(second, DirectSum) and isinstance(first, DirectSum):
+        return second.after(first)
+    return products.product(second, first)
+
+
+def alike(a: Any, b: Any) -> tuple[Any, Any]:
+    """Both maps written as one kind with equal static fields, so that their arrays may be put one after the other."""
+    if isinstance(a, BlockDiagonal) and isinstance(b, BlockDiagonal) and a.along == b.along:
+        a_inner, b_inner = alike(a.inner, b.inner)
+        return BlockDiagonal(a_inner, a.along), BlockDiagonal(b_inner, b.along)
+    if isinstance(a, DirectSum) and isinstance(b, DirectSum):
+        pairs = [alike(x, y) for x, y in zip(a.parts, b.parts, strict=True)]
+        return DirectSum(tuple(x for x, _ in pairs)), DirectSum(tuple(y for _, y in pairs))
+    if jax.tree.structure(a) == jax.tree.structure(b):
+        return a, b
+    return Dense(a.to_dense()), Dense(b.to_dense())
+
+
+def closed(one: Any) -> Any:
+    """The same map as a kind whose products are of that kind, whatever the numbers: what does not grow stays, all else becomes dense, block by block."""
+    if isinstance(one, BlockDiagonal):
+        return one.like(closed(one.inner))
+    if isinstance(one, DirectSum):
+        return DirectSum(tuple(closed(part) for part in one.parts))
+    return one if isinstance(one, (Dense, Diagonal)) else Dense(one.to_dense())
 
 
 def split(vector: Array, sizes: Sequence[int]) -> list[Array]:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
+
+from jax.extend import core
 
 from parscan.jaxprs.program import AnyJaxpr, equations, open_jaxpr, sub_jaxprs
 
@@ -33,3 +36,23 @@ _LINEAR = _MOVES | frozenset("add add_any sub neg mul dot_general reduce_sum spl
 def masks_nothing(jaxpr: AnyJaxpr) -> bool:
     """Whether a linear program only adds, multiplies and moves: no part of it decides what may pass."""
     return all(eqn.primitive.name in _LINEAR for eqn in equations(jaxpr))
+
+
+_PLACES = _MOVES - {"pad", "iota", "convert_element_type"} | {"gather", "split", "stack", "unstack", "expand_dims"}
+
+
+def moves_only(jaxpr: AnyJaxpr, inputs: Sequence[int]) -> bool:
+    """Whether these inputs are only moved and copied on their way to the outputs."""
+    body = open_jaxpr(jaxpr)
+    moved = {body.invars[i] for i in inputs}
+    for eqn in body.eqns:
+        touched = [i for i, a in enumerate(eqn.invars) if isinstance(a, core.Var) and a in moved]
+        if not touched:
+            continue
+        moved.update(eqn.outvars)
+        inner = list(sub_jaxprs(list(eqn.params.values())))
+        called = len(inner) == 1 and eqn.primitive.name in ("jit", "pjit") and moves_only(inner[0], touched)
+        by_value = eqn.primitive.name == "gather" and touched != [0]
+        if by_value or not (called or eqn.primitive.name in _PLACES):
+            return False
+    return True

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -12,6 +12,8 @@ from jax.core import Tracer
 from jax.extend import core
 
 from parscan.checks import dtype_of, is_inexact
+
+MOST_KNOWN = 2**16  # entries of an array of indices that is looked at
 
 AnyJaxpr = Any  # a ClosedJaxpr or a Jaxpr: one class in jax 0.12, two before
 
@@ -47,13 +49,19 @@ class Program:
 
     Two programs are equal if their equations are, whatever function they were traced from: that is the key under which
     plans and compiled code are cached.
+
+    known: by position, the values of constants at hand that tell which entries of the carry are taken or set: such indices are part of the structure.
+        No other constant is looked at: it may be a weight.
     """
 
     def __init__(self, closed: AnyJaxpr, num_consts: int, num_carry: int, num_new: int):
         jaxpr = open_jaxpr(closed)
         self.jaxpr = core.ClosedJaxpr(jaxpr.replace(constvars=(), invars=[*jaxpr.constvars, *jaxpr.invars]), ())
         self.num_consts, self.num_carry, self.num_new = num_consts, num_carry, num_new
-        self._key = (num_consts, num_carry, num_new, _fingerprint(self.jaxpr))
+        values = {i: value for i, given in enumerate(getattr(closed, "consts", ())) if (value := _whole_numbers(given)) is not None}
+        self.known = {i: values[i] for i in sorted(_indexing(self.jaxpr, values, range(num_consts, num_consts + num_carry)))}
+        known = tuple((i, _constant(value)) for i, value in self.known.items())
+        self._key = (num_consts, num_carry, num_new, known, _fingerprint(self.jaxpr))
         self._hash = hash(self._key)
         self.is_portable = not any(_closes_over_tracers(eqn) for eqn in equations(self.jaxpr))  # may be compiled apart from where it was traced
 
@@ -263,6 +271,39 @@ def _closes_over_tracers(eqn: Any) -> bool:
         return False
     computed = _linearised(eqn)
     return computed is not None and any(isinstance(value, Tracer) for value in computed.consts)
+
+
+def _whole_numbers(value: Any) -> np.ndarray | None:
+    """The value of an array of integers or booleans that is at hand, and not too large to be compared."""
+    if isinstance(value, Tracer) or not isinstance(value, (np.ndarray, jax.Array)) or value.size > MOST_KNOWN:
+        return None
+    return np.asarray(value) if value.dtype == bool or np.issubdtype(value.dtype, np.integer) else None
+
+
+_INDEXED = {"gather": (1, 2), "dynamic_slice": (1, None), "dynamic_update_slice": (2, None)} | dict.fromkeys(
+    ("scatter", "scatter-add", "scatter_add", "scatter_sub", "scatter_mul", "scatter_min", "scatter_max"), (1, 2)
+)  # which operands are indices
+
+
+def _indexing(jaxpr: AnyJaxpr, candidates: Iterable[int], carry: Iterable[int]) -> set[int]:
+    """Of the inputs `candidates` those that are, or make, indices into what depends on the inputs `carry`."""
+    body, found = open_jaxpr(jaxpr), set()
+    makes = {body.invars[i]: {i} for i in candidates}
+    moving = {body.invars[i] for i in carry}
+    for eqn in body.eqns if makes else ():
+        ins = [a if isinstance(a, core.Var) else None for a in eqn.invars]
+        if any(a in moving for a in ins):
+            moving.update(eqn.outvars)
+            lo, hi = _INDEXED.get(eqn.primitive.name, (0, 0))
+            found.update(*(makes.get(a, ()) for a in ins[lo:hi]))
+        elif all(np.issubdtype(getattr(v.aval, "dtype", object), np.integer) or v.aval.dtype == bool for v in eqn.outvars):
+            made = set().union(*(makes.get(a, ()) for a in ins))
+            makes.update((v, made) for v in eqn.outvars if made)
+        for inner in sub_jaxprs(list(eqn.params.values())):
+            if len(open_jaxpr(inner).invars) == len(ins):
+                own = _indexing(inner, [i for i, a in enumerate(ins) if a in makes], [i for i, a in enumerate(ins) if a in moving])
+                found.update(*(makes[ins[i]] for i in own))
+    return found
 
 
 def _constant(value: Any) -> Hashable:
