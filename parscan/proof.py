@@ -27,7 +27,7 @@ Order = tuple[tuple[ByAxes | Raveled, ...], tuple[Group, ...]]
 
 ELEMENTS = 2**22  # elements of all variables together up to which dependences are followed one by one
 ENTRIES = 2**21  # entries of a pattern up to which it is written down
-SMALLEST = 3  # blocks of this width on may be of a special kind
+SMALLEST = 2  # blocks of this width on may be of a special kind
 
 
 @dataclass(frozen=True)

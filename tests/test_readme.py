@@ -1,4 +1,4 @@
-"""The README's code and the docstrings' examples run as they are printed."""
+"""The code of the README and of the pages in docs, and the docstrings' examples run as they are printed."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import pytest
 
 import parscan
+from parscan import jacobians, structure
 
 README = Path(__file__).resolve().parents[1] / "README.md"
 FENCE = re.compile(r"^(?P<fence>`{3,})(?P<language>[^\n`]*)\n(?P<code>.*?)^(?P=fence)[ ]*$", re.MULTILINE | re.DOTALL)
@@ -66,6 +67,28 @@ def test_readme_section(section, tmp_path, monkeypatch, readers_settings):
     namespace = {"__name__": "__main__"}
     for before, code in SECTIONS[section]:
         exec(compile("\n" * before + code, str(README), "exec"), namespace)
+
+
+PAGES = sorted(README.parent.glob("docs/*.md"))
+
+
+@pytest.fixture
+def no_new_kinds():
+    """Kinds that a page registers are forgotten again."""
+    before = list(jacobians.KINDS)
+    yield
+    jacobians.KINDS[:] = before
+    structure._structures.cache_clear()
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_page(page, tmp_path, monkeypatch, readers_settings, no_new_kinds):
+    monkeypatch.chdir(tmp_path)
+    found = sections(page.read_text())
+    assert found
+    namespace = {"__name__": "__main__"}
+    for before, code in (one for some in found.values() for one in some):
+        exec(compile("\n" * before + code, str(page), "exec"), namespace)
 
 
 # --- docstrings -----------------------------------------------------------------------------------------------------------

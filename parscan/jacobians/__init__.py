@@ -1,6 +1,6 @@
 """Kinds of Jacobian: how a linear map is stored, applied, multiplied, recognised and formed. One kind, one file."""
 
-from parscan.jacobians.base import Evidence, Form, Index, Jacobian, Pattern
+from parscan.jacobians.base import Evidence, Form, Index, Jacobian, Pattern, balanced_columns, kind
 from parscan.jacobians.blocks import BlockDiagonal, DirectSum, alike, closed, matched, product, split
 from parscan.jacobians.dense import Dense
 from parscan.jacobians.diagonal import Diagonal, Identity
@@ -23,7 +23,9 @@ __all__ = [
     "Pattern",
     "Permutation",
     "alike",
+    "balanced_columns",
     "closed",
+    "kind",
     "matched",
     "product",
     "recognised",

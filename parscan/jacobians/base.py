@@ -238,7 +238,7 @@ def dot(matrix: Array, vector: Array) -> Array:
     return jnp.einsum("...ij,...j->...i", matrix, vector, precision=lax.Precision.HIGHEST)
 
 
-def balanced(matrix: Array, rows: Array | None) -> tuple[Array, Array]:
+def balanced_columns(matrix: Array, rows: Array | None) -> tuple[Array, Array]:
     """2^rows · matrix as (mantissa, e), with mantissa · 2^e and every column's largest entry in [1/2, 1).
 
     matrix (..., p, n), rows int32 (..., p) or None, e int32 (..., n). Exact, but for entries 2^126 below their column's largest.

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
-from parscan.jacobians.base import Evidence, Form, Index, Jacobian, balanced, dot, kind
+from parscan.jacobians.base import Evidence, Form, Index, Jacobian, balanced_columns, dot, kind
 
 
 @kind()
@@ -43,11 +43,11 @@ class Dense(Jacobian):
         return Dense(jnp.matmul(self.matrix, first.matrix, precision=lax.Precision.HIGHEST))
 
     def balanced(self) -> tuple[Dense, Array]:
-        mantissa, exponent = balanced(self.matrix, None)
+        mantissa, exponent = balanced_columns(self.matrix, None)
         return Dense(mantissa), exponent
 
     def shifted(self, rows: Array) -> tuple[Dense, Array]:
-        mantissa, exponent = balanced(self.matrix, rows)
+        mantissa, exponent = balanced_columns(self.matrix, rows)
         return Dense(mantissa), exponent
 
     def to_dense(self) -> Array:
