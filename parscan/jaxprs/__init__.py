@@ -3,6 +3,7 @@
 from parscan.jaxprs.contraction import contracted
 from parscan.jaxprs.cost import flops, masks_nothing, moves_only
 from parscan.jaxprs.dependence import Dependence, dependence
+from parscan.jaxprs.factors import Cut, Separable, cuts, separable
 from parscan.jaxprs.elements import components, pattern, variation
 from parscan.jaxprs.obstacles import is_batchable, obstacle
 from parscan.jaxprs.program import Flat, Program, equations, jit_unless_staged, slice_spec, trace
