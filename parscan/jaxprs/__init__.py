@@ -2,28 +2,36 @@
 
 from parscan.jaxprs.contraction import contracted
 from parscan.jaxprs.cost import flops, masks_nothing, moves_only
-from parscan.jaxprs.dependence import Dependence, dependence
+from parscan.jaxprs.dependence import Dependence, Mixing, dependence, influenced_by, mixings
+from parscan.jaxprs.elements import components, pattern
 from parscan.jaxprs.factors import Cut, Separable, cuts, separable
-from parscan.jaxprs.elements import components, pattern, variation
 from parscan.jaxprs.obstacles import is_batchable, obstacle
 from parscan.jaxprs.program import Flat, Program, equations, jit_unless_staged, slice_spec, trace
 from parscan.jaxprs.staging import staged
+from parscan.jaxprs.variation import variation
 
 __all__ = [
+    "Cut",
     "Dependence",
     "Flat",
+    "Mixing",
     "Program",
+    "Separable",
     "components",
     "contracted",
+    "cuts",
     "dependence",
     "equations",
     "flops",
+    "influenced_by",
     "is_batchable",
     "jit_unless_staged",
     "masks_nothing",
+    "mixings",
     "moves_only",
     "obstacle",
     "pattern",
+    "separable",
     "slice_spec",
     "staged",
     "trace",

@@ -1,28 +1,40 @@
-"""Which axes of a linear program never mix, proved equation by equation.
+"""Which axes of a linear program never mix, proved equation by equation, and which equation mixes those that do.
 
 The program is the *derivative* of a step, linear in some of its inputs (the tangent leaves); everything else, array constants
 included, is an unknown value. For every variable we keep, for every tangent leaf that it depends on, where each axis of that
 leaf went:
 
     {leaf: (d_0, d_1, …)}    axis a of the leaf is dimension d_a of the variable: an entry at index k along that
-                             dimension depends only on entries at index k along that axis. `MIXED` if that cannot be said.
+                             dimension depends only on entries at index k along that axis.
 
-A leaf that is missing is not depended on. The cost is the number of equations, whatever the shapes. A primitive
-without a rule mixes everything, which is right, only slower.
+Where that cannot be said, the equation at which it was lost stands in its place (`MIXED` in the result). A leaf that is missing is not
+depended on. The cost is the number of equations, whatever the shapes.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
-from jax.extend import core
-
-from parscan.jaxprs.program import AnyJaxpr, open_jaxpr, sub_jaxprs
+from parscan.jaxprs.flow import Flow
+from parscan.jaxprs.program import AnyJaxpr, equations, open_jaxpr
+from parscan.jaxprs.sources import where
 
 MIXED = None
 Dependence = dict[int, tuple[int | None, ...]]
-Rule = Callable[[Any, list[Dependence]], list[Dependence]]
+
+
+@dataclass(frozen=True)
+class Mixing:
+    """An equation that mixes entries along an axis.
+
+    eqn: the equation as the user would look for it, "`dot_general` at model.py:31". leaf, axis: which tangent leaf, which axis of it.
+    """
+
+    eqn: str
+    leaf: int
+    axis: int
 
 
 def dependence(jaxpr: AnyJaxpr, tangents: Sequence[int]) -> list[Dependence]:
@@ -32,352 +44,80 @@ def dependence(jaxpr: AnyJaxpr, tangents: Sequence[int]) -> list[Dependence]:
         jaxpr: closed jaxpr, linear in the inputs numbered `tangents`.
         tangents: positions of the tangent leaves among the inputs; leaf i of the result is `tangents[i]`.
     """
-    inputs: list[Dependence] = [{} for _ in open_jaxpr(jaxpr).invars]
+    return [{leaf: tuple(MIXED if isinstance(d, _Lost) else d for d in dims) for leaf, dims in out.items()} for out in _follow(jaxpr, tangents)]
+
+
+def influenced_by(jaxpr: AnyJaxpr, outputs: Sequence[int], inputs: Sequence[int]) -> bool:
+    """Whether any of these outputs may depend on any of these inputs, given by position; the program need not be linear in them.
+
+    Of a derivative, asked about everything but its tangents: whether it is another linear map for other values of those.
+    """
+    found = _follow(jaxpr, inputs)
+    return any(found[i] for i in outputs)
+
+
+def mixings(jaxpr: AnyJaxpr, tangents: Sequence[int]) -> list[Mixing]:
+    """The first equation at which each axis is lost that some output depends on, but not index by index; in the order of leaves and axes.
+
+    An axis that comes out in different places (a state and its transpose, in two outputs) is not lost in any equation, and not listed.
+    """
+    place = {id(eqn): i for i, eqn in enumerate(equations(jaxpr))}
+    first: dict[tuple[int, int], Any] = {}
+    for out in _follow(jaxpr, tangents):
+        for leaf, dims in out.items():
+            for axis, d in enumerate(dims):
+                if isinstance(d, _Lost) and ((leaf, axis) not in first or place[id(d.eqn)] < place[id(first[leaf, axis])]):
+                    first[leaf, axis] = d.eqn
+    return [Mixing(where(eqn), leaf, axis) for (leaf, axis), eqn in sorted(first.items(), key=lambda item: item[0])]
+
+
+# --- following --------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, eq=False)
+class _Lost:
+    """An axis that is followed no further: each the equal of itself alone."""
+
+    eqn: Any
+
+
+_Followed = dict[int, tuple[int | _Lost, ...]]
+
+
+def _follow(jaxpr: AnyJaxpr, tangents: Sequence[int]) -> list[_Followed]:
+    inputs: list[_Followed] = [{} for _ in open_jaxpr(jaxpr).invars]
     for leaf, position in enumerate(tangents):
         inputs[position] = {leaf: tuple(range(len(open_jaxpr(jaxpr).invars[position].aval.shape)))}
-    return _evaluate(jaxpr, inputs)
+    return _Dependences().evaluate(jaxpr, inputs)
 
 
-def _evaluate(jaxpr: AnyJaxpr, inputs: Sequence[Dependence]) -> list[Dependence]:
-    body = open_jaxpr(jaxpr)
-    known: dict[Any, Dependence] = dict(zip(body.invars, inputs, strict=True))
+class _Dependences(Flow[_Followed]):
+    def unknown(self, aval: Any) -> _Followed:
+        return {}
 
-    def read(atom):
-        return {} if isinstance(atom, core.Literal) else known.get(atom, {})
+    def join(self, eqn: Any, facts: Iterable[_Followed]) -> _Followed:
+        joined: _Followed = {}
+        for fact in facts:
+            for leaf, dims in fact.items():
+                joined[leaf] = tuple(_both(eqn, a, b) for a, b in zip(joined.get(leaf, dims), dims, strict=True))
+        return joined
 
-    for eqn in body.eqns:
-        ins = [read(a) for a in eqn.invars]
-        outs = _rule(eqn)(eqn, ins) if any(ins) else [{} for _ in eqn.outvars]
-        known.update((v, out if 0 not in getattr(v.aval, "shape", ()) else {}) for v, out in zip(eqn.outvars, outs, strict=True))
-    return [read(a) for a in body.outvars]
+    def moved(self, eqn: Any, fact: _Followed, move: Callable[[int], int | None]) -> _Followed:
+        def each(d):
+            to = d if isinstance(d, _Lost) else move(d)
+            return _Lost(eqn) if to is None else to
 
+        return {leaf: tuple(map(each, dims)) for leaf, dims in fact.items()}
 
-def _join(values: Iterable[Dependence]) -> Dependence:
-    """The dependence of a sum."""
-    joined: Dependence = {}
-    for value in values:
-        for leaf, dims in value.items():
-            before = joined.get(leaf, dims)
-            joined[leaf] = tuple(a if a == b else MIXED for a, b in zip(before, dims, strict=True))
-    return joined
+    def trimmed(self, fact: _Followed, shape: tuple[int, ...]) -> _Followed:
+        return {} if 0 in shape else fact
 
+    def equation(self, eqn: Any, ins: list[_Followed], loops: int) -> list[_Followed]:
+        return super().equation(eqn, ins, loops) if any(ins) else [{} for _ in eqn.outvars]
 
-def _moved(value: Dependence, move: Callable[[int], int | None]) -> Dependence:
-    """The dependence after every dimension d became `move(d)`."""
-    return {leaf: tuple(MIXED if d is None else move(d) for d in dims) for leaf, dims in value.items()}
 
-
-def _mixed(eqn: Any, ins: list[Dependence]) -> list[Dependence]:
-    out = _moved(_join(ins), lambda d: MIXED)
-    return [out for _ in eqn.outvars]
-
-
-def _keeping(eqn: Any, ins: list[Dependence], kept: Callable[[int], bool]) -> list[Dependence]:
-    out = _moved(_join(ins), lambda d: d if kept(d) else MIXED)
-    return [out for _ in eqn.outvars]
-
-
-def _rule(eqn: Any) -> Rule:
-    name = eqn.primitive.name
-    if name in _ELEMENTWISE:
-        return _elementwise
-    if name in _RULES:
-        return _RULES[name]
-    if _inlined(eqn) is not None:
-        return _call
-    return _mixed
-
-
-# --- rules -----------------------------------------------------------------------------------------------------------
-
-_ELEMENTWISE = frozenset(
-    "add sub mul div neg max min rem pow integer_pow square sqrt rsqrt cbrt exp exp2 log log1p expm1 sin cos tan tanh sinh cosh asin acos "
-    "atan atan2 asinh acosh atanh logistic abs sign floor ceil round erf erfc erf_inv lgamma digamma select_n clamp copy copy_p real imag "
-    "conj complex convert_element_type reduce_precision add_any stop_gradient is_finite nextafter eq ne lt le gt ge and or not xor "
-    "one_minus_square".split()
-)
-
-
-def _elementwise(eqn: Any, ins: list[Dependence]) -> list[Dependence]:
-    rank = len(eqn.outvars[0].aval.shape)
-    # A scalar operand beside a larger one is broadcast; it has no dimensions that could be kept.
-    return [_join(v if len(a.aval.shape) == rank else _moved(v, lambda d: MIXED) for a, v in zip(eqn.invars, ins, strict=True))]
-
-
-def _per_operand(eqn: Any, ins: list[Dependence]) -> list[Dependence]:
-    return list(ins)
-
-
-def _broadcast_in_dim(eqn: Any, ins: list[Dependence]) -> list[Dependence]:
-    dims, before, after = eqn.params["broadcast_dimensions"], eqn.invars[0].aval.shape, eqn.params["shape"]
-    return [_moved(ins[0], lambda d: dims[d] if before[d] == after[dims[d]] else MIXED)]
-
-
-def _reshape(eqn: Any, ins: list[Dependence]) -> list[Dependence]:
-    if eqn.params.get("dimensions") is not None:
-        return _mixed(eqn, ins)
-    kept = _kept_by_reshape(eqn.invars[0].aval.shape, eqn.outvars[0].aval.shape)
-    return [_moved(ins[0], kept.get)]
-
-
-def _kept_by_reshape(before: tuple[int, ...], after: tuple[int, ...]) -> dict[int, int]:
-    """Dimensions whose size and stride a reshape leaves alone."""
-
-    def strides(shape):
-        out, total = [], 1
-        for size in reversed(shape):
-            out.append(total)
-            total *= size
-        return out[::-1]
-
-    found = {(size, stride): d for d, (size, stride) in enumerate(zip(after, strides(after), strict=True)) if size != 1}
-    pairs = {d: found.get((size, stride)) for d, (size, stride) in enumerate(zip(before, strides(before), strict=True)) if size != 1}
-    return {d: e for d, e in pairs.items() if e is not None} if 0 not in before else {}
-
-
-def _transpose(eqn: Any, ins: list[Dependence]) -> list[Dependence]:
-    place = {d: i for i, d in enumerate(eqn.params["permutation"])}
-    return [_moved(ins[0], place.__getitem__)]
-
-
-def _without(removed: Iterable[int]) -> Callable[[int], int | None]:
-    gone = frozenset(removed)
-    return lambda d: MIXED if d in gone else d - sum(r < d for r in gone)
-
-
-def _squeeze(eqn: Any, ins: list[Dependence]) -> list[Dependence]:
-    return [_moved(ins[0], _without(eqn.params["dimensions"]))]
-
-
-def _reduce(eqn: Any, ins: list[Dependence]) -> list[Dependence]:
-    out = _moved(_join(ins), _without(eqn.params["axes"]))
-    return [out for _ in eqn.outvars]
-
-
-def _dot_general(eqn: Any, ins: list[Dependence]) -> list[Dependence]:
-    contract, batch = eqn.params["dimension_numbers"]
-    places: list[dict[int, int]] = []
-    offset = len(batch[0])
-    for side in (0, 1):
-        free = [d for d in range(len(eqn.invars[side].aval.shape)) if d not in contract[side] and d not in batch[side]]
-        places.append({d: i for i, d in enumerate(batch[side])} | {d: offset + i for i, d in enumerate(free)})
-        offset += len(free)
-    return [_join(_moved(value, place.get) for value, place in zip(ins, places, strict=True))]
-
-
-def _concatenate(eqn: Any, ins: list[Dependence]) -> list[Dependence]:
-    return _keeping(eqn, ins, lambda d: d != eqn.params["dimension"])
-
-
-def _same_size(eqn: Any, ins: list[Dependence]) -> list[Dependence]:
-    """slice, dynamic_slice: a dimension that is taken whole keeps its indices."""
-    before, after = eqn.invars[0].aval.shape, eqn.outvars[0].aval.shape
-    if any(ins[1:]):
-        return _mixed(eqn, ins)
-    return _keeping(eqn, ins, lambda d: before[d] == after[d])
-
-
-def _dynamic_update_slice(eqn: Any, ins: list[Dependence]) -> list[Dependence]:
-    operand, update = eqn.invars[0].aval.shape, eqn.invars[1].aval.shape
-    if any(ins[2:]):
-        return _mixed(eqn, ins)
-    return _keeping(eqn, ins, lambda d: operand[d] == update[d])
-
-
-def _split(eqn: Any, ins: list[Dependence]) -> list[Dependence]:
-    return _keeping(eqn, ins, lambda d: d != eqn.params["axis"])
-
-
-def _stack(eqn: Any, ins: list[Dependence]) -> list[Dependence]:
-    axis = eqn.params["axis"]
-    return [_moved(_join(ins), lambda d: d + (d >= axis))]
-
-
-def _unstack(eqn: Any, ins: list[Dependence]) -> list[Dependence]:
-    out = _moved(ins[0], _without((eqn.params["axis"],)))
-    return [out for _ in eqn.outvars]
-
-
-def _tile(eqn: Any, ins: list[Dependence]) -> list[Dependence]:
-    return _keeping(eqn, ins, lambda d: eqn.params["reps"][d] == 1)
-
-
-def _pad(eqn: Any, ins: list[Dependence]) -> list[Dependence]:
-    return _keeping(eqn, ins, lambda d: tuple(eqn.params["padding_config"][d]) == (0, 0, 0))
-
-
-def _rev(eqn: Any, ins: list[Dependence]) -> list[Dependence]:
-    return _keeping(eqn, ins, lambda d: d not in eqn.params["dimensions"])
-
-
-def _along_axis(eqn: Any, ins: list[Dependence]) -> list[Dependence]:
-    return _keeping(eqn, ins, lambda d: d != eqn.params["axis"])
-
-
-def _sort(eqn: Any, ins: list[Dependence]) -> list[Dependence]:
-    return _keeping(eqn, ins, lambda d: d != eqn.params["dimension"])
-
-
-def _gather(eqn: Any, ins: list[Dependence]) -> list[Dependence]:
-    """Batching dimensions, and dimensions taken whole, keep their indices."""
-    numbers, sizes, shape = eqn.params["dimension_numbers"], eqn.params["slice_sizes"], eqn.invars[0].aval.shape
-    if ins[1]:
-        return _mixed(eqn, ins)
-    batching = tuple(getattr(numbers, "operand_batching_dims", ()))
-    windows = [d for d in range(len(shape)) if d not in numbers.collapsed_slice_dims and d not in batching]
-    place: dict[int, int] = {d: o for d, o in zip(windows, numbers.offset_dims, strict=True) if sizes[d] == shape[d]}
-    rank = len(eqn.outvars[0].aval.shape)
-    outer = [d for d in range(rank) if d not in numbers.offset_dims]  # dimensions of the indices, the last left out
-    for d, s in zip(batching, getattr(numbers, "start_indices_batching_dims", ()), strict=True):
-        place[d] = outer[s]
-    return [_moved(ins[0], place.get)]
-
-
-def _scatter(eqn: Any, ins: list[Dependence]) -> list[Dependence]:
-    """What is updated stays where it is; of the updates, batching dimensions and windows of full size keep their indices."""
-    numbers, operand, updates = eqn.params["dimension_numbers"], eqn.invars[0].aval.shape, eqn.invars[2].aval.shape
-    if ins[1]:
-        return _mixed(eqn, ins)
-    batching = tuple(getattr(numbers, "operand_batching_dims", ()))
-    windows = [d for d in range(len(operand)) if d not in numbers.inserted_window_dims and d not in batching]
-    place: dict[int, int] = {u: d for d, u in zip(windows, numbers.update_window_dims, strict=True) if updates[u] == operand[d]}
-    outer = [u for u in range(len(updates)) if u not in numbers.update_window_dims]
-    for d, s in zip(batching, getattr(numbers, "scatter_indices_batching_dims", ()), strict=True):
-        place[outer[s]] = d
-    return [_join([ins[0], _moved(ins[2], place.get)])]
-
-
-def _reduce_window(eqn: Any, ins: list[Dependence]) -> list[Dependence]:
-    params, rank = eqn.params, len(eqn.outvars[0].aval.shape)
-    ones = (1,) * rank
-
-    def untouched(d):
-        strides, base, window = (params.get(k) or ones for k in ("window_strides", "base_dilation", "window_dilation"))
-        return params["window_dimensions"][d] == strides[d] == base[d] == window[d] == 1 and tuple(params["padding"][d]) == (0, 0)
-
-    return _keeping(eqn, ins, untouched)
-
-
-def _conv(eqn: Any, ins: list[Dependence]) -> list[Dependence]:
-    numbers = eqn.params["dimension_numbers"]
-    if ins[1] or eqn.params["batch_group_count"] != 1:
-        return _mixed(eqn, ins)
-    return [_moved(ins[0], lambda d: numbers.out_spec[0] if d == numbers.lhs_spec[0] else MIXED)]
-
-
-# --- control flow ----------------------------------------------------------------------------------------------------
-
-
-def _inlined(eqn: Any) -> AnyJaxpr | None:
-    """The body of a call (jit, remat, custom_jvp, …): one sub-jaxpr with the equation's own inputs and outputs."""
-    inner = list(sub_jaxprs(list(eqn.params.values())))
-    if len(inner) != 1 or eqn.primitive.name in ("scan", "while", "cond"):
-        return None
-    body = open_jaxpr(inner[0])
-    same = len(body.invars) == len(eqn.invars) and len(body.outvars) == len(eqn.outvars)
-    return inner[0] if same and all(a.aval.shape == b.aval.shape for a, b in zip(body.invars, eqn.invars, strict=True)) else None
-
-
-def _call(eqn: Any, ins: list[Dependence]) -> list[Dependence]:
-    return _evaluate(_inlined(eqn), ins)
-
-
-def _cond(eqn: Any, ins: list[Dependence]) -> list[Dependence]:
-    if ins[0]:
-        return _mixed(eqn, ins)
-    branches = [_evaluate(branch, ins[1:]) for branch in eqn.params["branches"]]
-    return [_join(outs) for outs in zip(*branches, strict=True)]
-
-
-def _fixed_point(carry: list[Dependence], body: Callable[[list[Dependence]], list[Dependence]]) -> list[Dependence]:
-    """The smallest carry that holds for every trip: joins only grow, so this ends."""
-    while True:
-        after = [_join([a, b]) for a, b in zip(carry, body(carry), strict=True)]
-        if after == carry:
-            return carry
-        carry = after
-
-
-def _scan_counts(params: dict[str, Any]) -> tuple[int, int]:
-    """Numbers of consts and carries: two parameters up to jax 0.11, the groups of `ft_in` from 0.12 on."""
-    if "num_consts" in params:
-        return params["num_consts"], params["num_carry"]
-    consts, carry, _ = params["ft_in"].unpack()
-    return len(list(consts)), len(list(carry))
-
-
-def _scan(eqn: Any, ins: list[Dependence]) -> list[Dependence]:
-    num_consts, num_carry = _scan_counts(eqn.params)
-    consts, carry = ins[:num_consts], ins[num_consts : num_consts + num_carry]
-    xs = [_moved(x, _without((0,))) for x in ins[num_consts + num_carry :]]
-
-    def body(carry):
-        return _evaluate(eqn.params["jaxpr"], [*consts, *carry, *xs])
-
-    carry = _fixed_point(list(carry), lambda c: body(c)[:num_carry])
-    ys = [_moved(y, lambda d: d + 1) for y in body(carry)[num_carry:]]
-    return [*carry, *ys]
-
-
-def _while(eqn: Any, ins: list[Dependence]) -> list[Dependence]:
-    num_cond, num_body = eqn.params["cond_nconsts"], eqn.params["body_nconsts"]
-    consts, carry = ins[num_cond : num_cond + num_body], ins[num_cond + num_body :]
-    carry = _fixed_point(list(carry), lambda c: _evaluate(eqn.params["body_jaxpr"], [*consts, *c]))
-    if any(_evaluate(eqn.params["cond_jaxpr"], [*ins[:num_cond], *carry])):
-        return _mixed(eqn, ins)
-    return carry
-
-
-def _linear_solve(eqn: Any, ins: list[Dependence]) -> list[Dependence]:
-    """x with A x = b: a polynomial in A applied to b, so what b and A both keep, x keeps."""
-    lengths, matvec = eqn.params["const_lengths"], eqn.params["jaxprs"].matvec
-    consts = ins[: lengths.matvec]
-    rhs = ins[sum(lengths) :]
-    if any(ins[: sum(lengths)]):
-        return _mixed(eqn, ins)
-    return _fixed_point(list(rhs), lambda x: _evaluate(matvec, [*consts, *x]))
-
-
-_RULES: dict[str, Rule] = {
-    "broadcast_in_dim": _broadcast_in_dim,
-    "concatenate": _concatenate,
-    "cond": _cond,
-    "conv_general_dilated": _conv,
-    "cumlogsumexp": _along_axis,
-    "cummax": _along_axis,
-    "cummin": _along_axis,
-    "cumprod": _along_axis,
-    "cumsum": _along_axis,
-    "custom_linear_solve": _linear_solve,
-    "dot_general": _dot_general,
-    "dynamic_slice": _same_size,
-    "dynamic_update_slice": _dynamic_update_slice,
-    "gather": _gather,
-    "optimization_barrier": _per_operand,
-    "pad": _pad,
-    "reduce_and": _reduce,
-    "reduce_max": _reduce,
-    "reduce_min": _reduce,
-    "reduce_or": _reduce,
-    "reduce_prod": _reduce,
-    "reduce_sum": _reduce,
-    "reduce_window_max": _reduce_window,
-    "reduce_window_min": _reduce_window,
-    "reduce_window_sum": _reduce_window,
-    "reshape": _reshape,
-    "rev": _rev,
-    "scan": _scan,
-    "scatter": _scatter,
-    "scatter-add": _scatter,
-    "scatter_add": _scatter,
-    "scatter_sub": _scatter,
-    "slice": _same_size,
-    "sort": _sort,
-    "split": _split,
-    "squeeze": _squeeze,
-    "stack": _stack,
-    "tile": _tile,
-    "transpose": _transpose,
-    "unstack": _unstack,
-    "while": _while,
-}
+def _both(eqn: Any, a: int | _Lost, b: int | _Lost) -> int | _Lost:
+    """Where an axis is in a sum of two terms: what is lost once, stays lost."""
+    if isinstance(a, _Lost) or a == b:
+        return a
+    return b if isinstance(b, _Lost) else _Lost(eqn)

@@ -3,24 +3,13 @@
 from __future__ import annotations
 
 import functools
-import os
 from typing import Any
 
 import jax
 
 from parscan.checks import is_complex, is_inexact
 from parscan.jaxprs.program import Program, equations, open_jaxpr, sub_jaxprs
-
-_LIBRARIES = tuple(os.path.dirname(os.path.abspath(module.__file__ or "")) + os.sep for module in (jax, __import__("jaxlib"), __import__("parscan")))
-
-
-def where(eqn: Any) -> str:
-    """`name at file.py:31`: an equation as the user would look for it."""
-    traceback = eqn.source_info.traceback
-    for frame in traceback.frames if traceback is not None else ():
-        if not frame.file_name.startswith(_LIBRARIES) and not frame.file_name.startswith("<"):
-            return f"`{eqn.primitive.name}` at {os.path.basename(frame.file_name)}:{frame.line_num}"
-    return f"`{eqn.primitive.name}`"
+from parscan.jaxprs.sources import where
 
 
 @functools.lru_cache(maxsize=4096)
