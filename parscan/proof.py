@@ -18,7 +18,7 @@ import numpy as np
 
 from parscan.checks import is_inexact
 from parscan.jacobians import Evidence, Index, Pattern
-from parscan.jaxprs import Dependence, Program, components, dependence, equations, moves_only, pattern, variation
+from parscan.jaxprs import Dependence, Program, components, dependence, equations, influenced_by, moves_only, pattern, variation
 from parscan.layout import ByAxes, Group, Layout, Raveled
 
 Steps = tuple[tuple[Program, bool], ...]  # the layers of a chain; whether the layer is followed by its like, so that its states share a layout
@@ -123,7 +123,8 @@ class Derivative:
     @functools.cached_property
     def same(self) -> bool:
         """Whether it depends neither on the state nor on the inputs of the step: then all steps are one linear map."""
-        return bool(self.closed.jaxpr.outvars) and not any(dependence(self.closed, self.moving))
+        outs = len(self.closed.jaxpr.outvars)
+        return outs > 0 and not influenced_by(self.closed, range(outs), self.moving)
 
 
 @functools.lru_cache(maxsize=4096)
