@@ -3,6 +3,7 @@
 from parscan.jaxprs.contraction import contracted
 from parscan.jaxprs.cost import flops, masks_nothing
 from parscan.jaxprs.dependence import Dependence, dependence
+from parscan.jaxprs.elements import components, pattern
 from parscan.jaxprs.obstacles import is_batchable, obstacle
 from parscan.jaxprs.program import Flat, Program, jit_unless_staged, slice_spec, trace
 from parscan.jaxprs.staging import staged
@@ -11,6 +12,7 @@ __all__ = [
     "Dependence",
     "Flat",
     "Program",
+    "components",
     "contracted",
     "dependence",
     "flops",
@@ -18,6 +20,7 @@ __all__ = [
     "jit_unless_staged",
     "masks_nothing",
     "obstacle",
+    "pattern",
     "slice_spec",
     "staged",
     "trace",

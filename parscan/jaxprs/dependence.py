@@ -47,7 +47,7 @@ def _evaluate(jaxpr: AnyJaxpr, inputs: Sequence[Dependence]) -> list[Dependence]
 
     for eqn in body.eqns:
         ins = [read(a) for a in eqn.invars]
-        outs = _rule(eqn)(eqn, ins) if any(ins) else [{} for _ in eqn.outvars]
+        outs = axis_rule(eqn)(eqn, ins) if any(ins) else [{} for _ in eqn.outvars]
         known.update((v, out if 0 not in getattr(v.aval, "shape", ()) else {}) for v, out in zip(eqn.outvars, outs, strict=True))
     return [read(a) for a in body.outvars]
 
@@ -77,20 +77,21 @@ def _keeping(eqn: Any, ins: list[Dependence], kept: Callable[[int], bool]) -> li
     return [out for _ in eqn.outvars]
 
 
-def _rule(eqn: Any) -> Rule:
+def axis_rule(eqn: Any) -> Rule:
+    """What turns the dependences of an equation's inputs into those of its outputs."""
     name = eqn.primitive.name
-    if name in _ELEMENTWISE:
+    if name in ELEMENTWISE:
         return _elementwise
     if name in _RULES:
         return _RULES[name]
-    if _inlined(eqn) is not None:
+    if inlined(eqn) is not None:
         return _call
     return _mixed
 
 
 # --- rules -----------------------------------------------------------------------------------------------------------
 
-_ELEMENTWISE = frozenset(
+ELEMENTWISE = frozenset(
     "add sub mul div neg max min rem pow integer_pow square sqrt rsqrt cbrt exp exp2 log log1p expm1 sin cos tan tanh sinh cosh asin acos "
     "atan atan2 asinh acosh atanh logistic abs sign floor ceil round erf erfc erf_inv lgamma digamma select_n clamp copy copy_p real imag "
     "conj complex convert_element_type reduce_precision add_any stop_gradient is_finite nextafter eq ne lt le gt ge and or not xor "
@@ -265,10 +266,26 @@ def _conv(eqn: Any, ins: list[Dependence]) -> list[Dependence]:
     return [_moved(ins[0], lambda d: numbers.out_spec[0] if d == numbers.lhs_spec[0] else MIXED)]
 
 
+def _fft(eqn: Any, ins: list[Dependence]) -> list[Dependence]:
+    return _keeping(eqn, ins, lambda d: d < len(eqn.outvars[0].aval.shape) - len(eqn.params["fft_lengths"]))
+
+
+def _factorisation(eqn: Any, ins: list[Dependence]) -> list[Dependence]:
+    """Of matrices, which are the last two dimensions."""
+    return _keeping(eqn, ins, lambda d: d < len(eqn.invars[0].aval.shape) - 2)
+
+
+def _triangular_solve(eqn: Any, ins: list[Dependence]) -> list[Dependence]:
+    """Every matrix apart, and of the right-hand side every column; every row, if the unknown stands on the left."""
+    rank = len(eqn.outvars[0].aval.shape)
+    apart = rank - 1 if eqn.params["left_side"] else rank - 2
+    return [_join([_moved(ins[0], lambda d: d if d < rank - 2 else MIXED), _moved(ins[1], lambda d: d if d < rank - 2 or d == apart else MIXED)])]
+
+
 # --- control flow ----------------------------------------------------------------------------------------------------
 
 
-def _inlined(eqn: Any) -> AnyJaxpr | None:
+def inlined(eqn: Any) -> AnyJaxpr | None:
     """The body of a call (jit, remat, custom_jvp, …): one sub-jaxpr with the equation's own inputs and outputs."""
     inner = list(sub_jaxprs(list(eqn.params.values())))
     if len(inner) != 1 or eqn.primitive.name in ("scan", "while", "cond"):
@@ -279,7 +296,7 @@ def _inlined(eqn: Any) -> AnyJaxpr | None:
 
 
 def _call(eqn: Any, ins: list[Dependence]) -> list[Dependence]:
-    return _evaluate(_inlined(eqn), ins)
+    return _evaluate(inlined(eqn), ins)
 
 
 def _cond(eqn: Any, ins: list[Dependence]) -> list[Dependence]:
@@ -298,7 +315,7 @@ def _fixed_point(carry: list[Dependence], body: Callable[[list[Dependence]], lis
         carry = after
 
 
-def _scan_counts(params: dict[str, Any]) -> tuple[int, int]:
+def scan_counts(params: dict[str, Any]) -> tuple[int, int]:
     """Numbers of consts and carries: two parameters up to jax 0.11, the groups of `ft_in` from 0.12 on."""
     if "num_consts" in params:
         return params["num_consts"], params["num_carry"]
@@ -307,7 +324,7 @@ def _scan_counts(params: dict[str, Any]) -> tuple[int, int]:
 
 
 def _scan(eqn: Any, ins: list[Dependence]) -> list[Dependence]:
-    num_consts, num_carry = _scan_counts(eqn.params)
+    num_consts, num_carry = scan_counts(eqn.params)
     consts, carry = ins[:num_consts], ins[num_consts : num_consts + num_carry]
     xs = [_moved(x, _without((0,))) for x in ins[num_consts + num_carry :]]
 
@@ -340,6 +357,7 @@ def _linear_solve(eqn: Any, ins: list[Dependence]) -> list[Dependence]:
 
 _RULES: dict[str, Rule] = {
     "broadcast_in_dim": _broadcast_in_dim,
+    "cholesky": _factorisation,
     "concatenate": _concatenate,
     "cond": _cond,
     "conv_general_dilated": _conv,
@@ -352,9 +370,13 @@ _RULES: dict[str, Rule] = {
     "dot_general": _dot_general,
     "dynamic_slice": _same_size,
     "dynamic_update_slice": _dynamic_update_slice,
+    "eigh": _factorisation,
+    "fft": _fft,
     "gather": _gather,
+    "lu": _factorisation,
     "optimization_barrier": _per_operand,
     "pad": _pad,
+    "qr": _factorisation,
     "reduce_and": _reduce,
     "reduce_max": _reduce,
     "reduce_min": _reduce,
@@ -369,6 +391,10 @@ _RULES: dict[str, Rule] = {
     "scan": _scan,
     "scatter": _scatter,
     "scatter-add": _scatter,
+    "scatter-max": _scatter,
+    "scatter-min": _scatter,
+    "scatter-mul": _scatter,
+    "scatter-sub": _scatter,
     "scatter_add": _scatter,
     "scatter_sub": _scatter,
     "slice": _same_size,
@@ -376,8 +402,10 @@ _RULES: dict[str, Rule] = {
     "split": _split,
     "squeeze": _squeeze,
     "stack": _stack,
+    "svd": _factorisation,
     "tile": _tile,
     "transpose": _transpose,
+    "triangular_solve": _triangular_solve,
     "unstack": _unstack,
     "while": _while,
 }
