@@ -62,7 +62,7 @@ def _leading(core_rank: int) -> Callable[[Any], Axes]:
 
 # --- entry by entry ---------------------------------------------------------------------------------------------------
 
-_ELEMENTWISE = (
+ELEMENTWISE = (
     "add sub mul div neg max min rem pow integer_pow square sqrt rsqrt cbrt exp exp2 log log2 log1p expm1 sin cos tan tanh sinh cosh asin acos "
     "atan atan2 asinh acosh atanh logistic abs sign floor ceil round erf erfc erf_inv lgamma digamma polygamma zeta igamma igammac igamma_grad_a "
     "random_gamma_grad bessel_i0e bessel_i1e regularized_incomplete_beta select_n clamp copy copy_p real imag conj complex convert_element_type "
@@ -261,7 +261,7 @@ _VECTORS = "lu_pivots_to_permutation".split()
 _MATRICES = "cholesky lu eig eigh svd qr geqrf geqp3 householder_product schur hessenberg tridiagonal".split()
 
 _RULES: dict[str, Callable[[Any], Axes]] = {
-    **dict.fromkeys(_ELEMENTWISE, _elementwise),
+    **dict.fromkeys(ELEMENTWISE, _elementwise),
     **dict.fromkeys(_VECTORS, _leading(1)),
     **dict.fromkeys(_MATRICES, _leading(2)),
     **dict.fromkeys("reduce_sum reduce_prod reduce_max reduce_min reduce_and reduce_or reduce_xor argmax argmin".split(), _reduce),

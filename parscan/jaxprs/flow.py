@@ -65,7 +65,7 @@ class Flow(ABC, Generic[Fact]):
         name = eqn.primitive.name
         if name in _CONTROL:
             return _CONTROL[name](self, eqn, ins, loops)
-        body = None if has_rule(eqn) else _inlined(eqn)
+        body = None if has_rule(eqn) else inlined(eqn)
         return self.through(eqn, ins) if body is None else self.evaluate(body, ins, loops)
 
     def _placed(self, eqn: Any, fact: Fact, place: Place) -> Fact:
@@ -93,7 +93,7 @@ class Flow(ABC, Generic[Fact]):
 
     def _scan(self, eqn: Any, ins: list[Fact], loops: int) -> list[Fact]:
         """Trip t reads row t of xs and writes row t of ys."""
-        num_consts, num_carry = _scan_counts(eqn.params)
+        num_consts, num_carry = scan_counts(eqn.params)
         loop = -1 - loops
         consts, carry = ins[:num_consts], ins[num_consts : num_consts + num_carry]
         xs = [self.moved(eqn, x, lambda d: d if d < 0 else d - 1 if d else loop) for x in ins[num_consts + num_carry :]]
@@ -130,7 +130,7 @@ _CONTROL: dict[str, Callable[..., list[Any]]] = {
 }
 
 
-def _inlined(eqn: Any) -> AnyJaxpr | None:
+def inlined(eqn: Any) -> AnyJaxpr | None:
     """The body of a call (jit, remat, custom_jvp, …): one sub-jaxpr with the equation's own inputs and outputs."""
     inner = list(sub_jaxprs(list(eqn.params.values())))
     if len(inner) != 1:
@@ -140,7 +140,7 @@ def _inlined(eqn: Any) -> AnyJaxpr | None:
     return inner[0] if same and all(a.aval.shape == b.aval.shape for a, b in zip(body.invars, eqn.invars, strict=True)) else None
 
 
-def _scan_counts(params: dict[str, Any]) -> tuple[int, int]:
+def scan_counts(params: dict[str, Any]) -> tuple[int, int]:
     """Numbers of consts and carries: two parameters up to jax 0.11, the groups of `ft_in` from 0.12 on."""
     if "num_consts" in params:
         return params["num_consts"], params["num_carry"]
