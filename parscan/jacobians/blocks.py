@@ -7,12 +7,13 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jax import Array
 
 from parscan.jacobians.base import Jacobian, kind
 from parscan.jacobians.dense import Dense
-from parscan.jacobians.products import product
+from parscan.jacobians.products import matched, product
 
 
 @kind(static=("counts",))
@@ -69,6 +70,10 @@ class BlockDiagonal(Jacobian):
     def transpose(self) -> BlockDiagonal:
         return self._like(self.inner.transpose())
 
+    def paired(self, first: BlockDiagonal) -> tuple[BlockDiagonal, BlockDiagonal]:
+        second, inner = matched(self.inner, first.inner)
+        return self._like(second), first._like(inner)
+
     def after(self, first: BlockDiagonal) -> BlockDiagonal:
         return self._like(product(self.inner, first.inner))
 
@@ -92,6 +97,13 @@ class BlockDiagonal(Jacobian):
     @property
     def product_flops(self) -> int:
         return self.inner.product_flops
+
+    @property
+    def apply_flops(self) -> int:
+        """A block that stands for several is applied several times."""
+        image = jax.eval_shape(lambda inner, vector: inner.apply(vector), self.inner, jax.ShapeDtypeStruct((self.inner.size,), jnp.float32))
+        held = image.shape[:-1][-len(self.along) :]
+        return self.inner.apply_flops * math.prod(self.along) // max(math.prod(held), 1)
 
 
 @kind()
@@ -123,6 +135,10 @@ class DirectSum(Jacobian):
     def transpose(self) -> DirectSum:
         return DirectSum(tuple(part.transpose() for part in self.parts))
 
+    def paired(self, first: DirectSum) -> tuple[DirectSum, DirectSum]:
+        seconds, firsts = zip(*(matched(a, b) for a, b in zip(self.parts, first.parts, strict=True)), strict=True)
+        return DirectSum(seconds), DirectSum(firsts)
+
     def after(self, first: DirectSum) -> DirectSum:
         return DirectSum(tuple(product(a, b) for a, b in zip(self.parts, first.parts, strict=True)))
 
@@ -146,6 +162,10 @@ class DirectSum(Jacobian):
     @property
     def product_flops(self) -> int:
         return sum(part.product_flops for part in self.parts)
+
+    @property
+    def apply_flops(self) -> int:
+        return sum(part.apply_flops for part in self.parts)
 
 
 def split(vector: Array, sizes: Sequence[int]) -> list[Array]:
