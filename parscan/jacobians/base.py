@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any, ClassVar, dataclass_transform
 
 import jax
@@ -27,6 +27,8 @@ class Jacobian:
 
     shifts_freely: ClassVar[bool] = True  # whether `shifted` takes any rows, or only the exponents of another of its kind
 
+    pays_below: ClassVar[float] = 1.0  # as a share of a full matrix's bytes: the most that it may take to be faster than one
+
     @property
     def size(self) -> int:
         """n, the length of the vectors it acts on."""
@@ -48,6 +50,10 @@ class Jacobian:
     def after(self, first: Any) -> Jacobian:
         """The product self · first with another of this kind, `first` being applied first. A kind that fills in returns a `Dense` where that is smaller."""
         raise NotImplementedError
+
+    def paired(self, first: Any) -> tuple[Any, Any]:
+        """Itself and another of this kind as `shifted` and `after` need them, `first` being applied first; what cannot stay of its kind is a `Dense`."""
+        return self, first
 
     def balanced(self) -> tuple[Any, Array]:
         """J as a mantissa and one exponent a column, int32 (..., n)."""
@@ -83,13 +89,18 @@ class Jacobian:
 
     @classmethod
     def recognised(cls, evidence: Evidence) -> Form | None:
-        """How Jacobians with this evidence are formed as this kind; None if they are not of it."""
-        raise NotImplementedError
+        """How Jacobians with this evidence are formed as this kind; None if they are not of it, or if there is no telling by evidence."""
+        return None
 
     @classmethod
     def from_images(cls, images: Array, form: Form) -> Any:
         """From the images of the seeds: images (..., pushes, p), images[..., k, :] = J s_k."""
         raise NotImplementedError
+
+    @classmethod
+    def abstract(cls, form: Form, dtype: Any) -> Any:
+        """What is formed, with shapes in the place of arrays."""
+        return jax.eval_shape(lambda images: cls.from_images(images, form), jax.ShapeDtypeStruct((form.pushes, form.shape[0]), dtype))
 
 
 @dataclass_transform(frozen_default=True)
@@ -98,7 +109,7 @@ def kind(*, static: tuple[str, ...] = ()):
 
     def register(cls):
         cls = dataclass(frozen=True)(cls)
-        arrays = [name for name in cls.__dataclass_fields__ if name not in static]
+        arrays = [field.name for field in fields(cls) if field.name not in static]
         return jax.tree_util.register_dataclass(cls, data_fields=arrays, meta_fields=list(static))
 
     return register
@@ -151,13 +162,14 @@ class Pattern:
         return len(self.rows)
 
     @property
-    def bandwidth(self) -> int:
-        """The largest |row - column|."""
-        return int(np.abs(self.rows - self.columns).max(initial=0))
+    def bandwidths(self) -> tuple[int, int]:
+        """How far below the main diagonal there are entries, and how far above it."""
+        below = self.rows - self.columns
+        return int(below.max(initial=0)), int((-below).max(initial=0))
 
     @property
     def is_diagonal(self) -> bool:
-        return self.shape[0] == self.shape[1] and self.bandwidth == 0
+        return self.shape[0] == self.shape[1] and self.bandwidths == (0, 0)
 
     def transpose(self) -> Pattern:
         return Pattern((self.shape[1], self.shape[0]), self.columns, self.rows)
@@ -190,12 +202,13 @@ class Evidence:
     """What is proved of the blocks that a step's Jacobian falls into, all of them together.
 
     shape: (p, n) of a block. pattern: where an entry may be non-zero in any of them; None if that is not known. moves: every entry that
-    may be non-zero is 1.
+    may be non-zero is 1. rank: the size of a bottleneck that everything but an elementwise part passes through; None if none is known.
     """
 
     shape: tuple[int, int]
     pattern: Pattern | None = None
     moves: bool = False
+    rank: int | None = None
 
     def transpose(self) -> Evidence:
         return replace(self, shape=self.shape[::-1], pattern=None if self.pattern is None else self.pattern.transpose())
@@ -225,8 +238,7 @@ class Form:
 
     def abstract(self, dtype: Any = jnp.float32) -> Any:
         """The Jacobian that comes out, with shapes in the place of arrays."""
-        images = jax.ShapeDtypeStruct((self.pushes, self.shape[0]), dtype)
-        return jax.eval_shape(lambda images: self.kind.from_images(images, self), images)
+        return self.kind.abstract(self, dtype)
 
 
 def dot(matrix: Array, vector: Array) -> Array:
@@ -243,8 +255,12 @@ def balanced_columns(matrix: Array, rows: Array | None) -> tuple[Array, Array]:
 
     matrix (..., p, n), rows int32 (..., p) or None, e int32 (..., n). Exact, but for entries 2^126 below their column's largest.
     """
-    each = exponents.exponent(matrix) if rows is None else exponents.exponent(matrix) + rows[..., :, None]
+    return entries_balanced(matrix, None if rows is None else rows[..., :, None])
+
+
+def entries_balanced(matrix: Array, shift: Array | None) -> tuple[Array, Array]:
+    """The same for 2^shift ∘ matrix; shift int32, of a shape that broadcasts with the matrix, or None."""
+    each = exponents.exponent(matrix) if shift is None else exponents.exponent(matrix) + shift
     top = each.max(-2) if matrix.shape[-2] else jnp.zeros((*each.shape[:-2], each.shape[-1]), jnp.int32)
     top = jnp.where(top < exponents.NONE // 2, 0, top)
-    shift = -top[..., None, :] if rows is None else rows[..., :, None] - top[..., None, :]
-    return exponents.scaled(matrix, shift), top
+    return exponents.scaled(matrix, (0 if shift is None else shift) - top[..., None, :]), top

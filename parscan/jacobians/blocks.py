@@ -11,10 +11,10 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from parscan.jacobians import products
 from parscan.jacobians.base import Jacobian, kind
 from parscan.jacobians.dense import Dense
 from parscan.jacobians.diagonal import Diagonal
+from parscan.jacobians.products import matched, product
 
 
 @kind(static=("counts",))
@@ -72,8 +72,14 @@ class BlockDiagonal(Jacobian):
     def transpose(self) -> BlockDiagonal:
         return self.like(self.inner.transpose())
 
+    def paired(self, first: BlockDiagonal) -> tuple[Any, Any]:
+        if self.along != first.along:
+            return Dense(self.to_dense()), Dense(first.to_dense())
+        second, inner = matched(self.inner, first.inner)
+        return self.like(second), first.like(inner)
+
     def after(self, first: BlockDiagonal) -> BlockDiagonal:
-        return self.like(products.product(self.inner, first.inner))
+        return self.like(product(self.inner, first.inner))
 
     def balanced(self) -> tuple[BlockDiagonal, Array]:
         mantissa, exponent = self.inner.balanced()
@@ -95,6 +101,13 @@ class BlockDiagonal(Jacobian):
     @property
     def product_flops(self) -> int:
         return self.inner.product_flops
+
+    @property
+    def apply_flops(self) -> int:
+        """A block that stands for several is applied several times."""
+        image = jax.eval_shape(lambda inner, vector: inner.apply(vector), self.inner, jax.ShapeDtypeStruct((self.inner.size,), jnp.float32))
+        held = image.shape[:-1][-len(self.along) :]
+        return self.inner.apply_flops * math.prod(self.along) // max(math.prod(held), 1)
 
 
 @kind()
@@ -126,6 +139,10 @@ class DirectSum(Jacobian):
     def transpose(self) -> DirectSum:
         return DirectSum(tuple(part.transpose() for part in self.parts))
 
+    def paired(self, first: DirectSum) -> tuple[DirectSum, DirectSum]:
+        seconds, firsts = zip(*(matched(a, b) for a, b in zip(self.parts, first.parts, strict=True)), strict=True)
+        return DirectSum(seconds), DirectSum(firsts)
+
     def after(self, first: DirectSum) -> DirectSum:
         return DirectSum(tuple(product(a, b) for a, b in zip(self.parts, first.parts, strict=True)))
 
@@ -150,25 +167,9 @@ class DirectSum(Jacobian):
     def product_flops(self) -> int:
         return sum(part.product_flops for part in self.parts)
 
-
-def matched(second: Any, first: Any) -> tuple[Any, Any]:
-    """Both maps as their product needs them, see `parscan.jacobians.products`: block by block, part by part."""
-    if isinstance(second, BlockDiagonal) and isinstance(first, BlockDiagonal) and second.along == first.along:
-        a, b = products.matched(second.inner, first.inner)
-        return second.like(a), first.like(b)
-    if isinstance(second, DirectSum) and isinstance(first, DirectSum):
-        pairs = [matched(a, b) for a, b in zip(second.parts, first.parts, strict=True)]
-        return DirectSum(tuple(a for a, _ in pairs)), DirectSum(tuple(b for _, b in pairs))
-    return products.matched(second, first)
-
-
-def product(second: Any, first: Any) -> Any:
-    """second · first, `first` being applied first."""
-    if isinstance(second, BlockDiagonal) and isinstance(first, BlockDiagonal) and second.along == first.along:
-        return second.after(first)
-    if isinstance(second, DirectSum) and isinstance(first, DirectSum):
-        return second.after(first)
-    return products.product(second, first)
+    @property
+    def apply_flops(self) -> int:
+        return sum(part.apply_flops for part in self.parts)
 
 
 def alike(a: Any, b: Any) -> tuple[Any, Any]:

@@ -44,7 +44,7 @@ class Diagonal(Jacobian):
         return Diagonal(exponents.scaled(self.diagonal, -top)), top
 
     def shifted(self, rows: Array) -> tuple[Diagonal, Array]:
-        return self, rows
+        return self, jnp.where(self.diagonal == 0, 0, rows)  # a zero must meet no infinity, whatever follows it has grown to
 
     def to_dense(self) -> Array:
         return jnp.eye(self.size, dtype=self.diagonal.dtype) * self.diagonal[..., None, :]

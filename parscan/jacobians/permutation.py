@@ -60,10 +60,11 @@ class Permutation(Jacobian):
         return Permutation(self.index, exponents.scaled(self.scale, -top)), top[..., self._back]
 
     def shifted(self, rows: Array) -> tuple[Permutation, Array]:
-        return self, rows[..., self._back]
+        kept = rows if self.scale is None else jnp.where(self.scale == 0, 0, rows)
+        return self, kept[..., self._back]
 
     def to_dense(self) -> Array:
-        matrix = jnp.eye(self.size)[self.index.values]
+        matrix = jnp.eye(self.size, dtype=jnp.float32)[self.index.values]
         return matrix if self.scale is None else self.scale[..., :, None] * matrix.astype(self.scale.dtype)
 
     @property

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from parscan.jacobians.banded import Banded
 from parscan.jacobians.base import Evidence, Form, Jacobian
 from parscan.jacobians.dense import Dense
 from parscan.jacobians.diagonal import Diagonal, Identity
+from parscan.jacobians.kronecker import Kronecker
+from parscan.jacobians.lowrank import LowRank
 from parscan.jacobians.permutation import Permutation
+from parscan.jacobians.sparse import Sparse
 
-KINDS: list[type[Jacobian]] = [Identity, Permutation, Diagonal, Dense]
+KINDS: list[type[Jacobian]] = [Identity, Diagonal, Permutation, Banded, Sparse, LowRank, Kronecker, Dense]
 
 
 def register(kind: type[Jacobian]) -> type[Jacobian]:
@@ -18,6 +22,8 @@ def register(kind: type[Jacobian]) -> type[Jacobian]:
 
 
 def recognised(evidence: Evidence) -> Form:
-    """The form that takes the fewest bytes, the first of several."""
-    forms = [form for kind in KINDS if (form := kind.recognised(evidence)) is not None]
-    return min(forms, key=lambda form: form.abstract().nbytes)
+    """The form that takes the fewest bytes, of those that pay beside a full matrix; the first of several."""
+    dense = Dense.recognised(evidence)
+    most = dense.abstract().nbytes
+    forms = [form for kind in KINDS if (form := kind.recognised(evidence)) is not None and form.abstract().nbytes <= kind.pays_below * most]
+    return min([*forms, dense], key=lambda form: form.abstract().nbytes)
