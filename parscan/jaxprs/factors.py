@@ -210,9 +210,10 @@ def _without(program: _Linear, invars: Sequence[Any], zero: Sequence[Any], outva
         entering = dict(zip(invars, args, strict=True))
         values = {**program.values([entering[v] for v in others]), **entering, **dict.fromkeys(zero)}  # None: zero
 
-        def read(atom: Any) -> Any:
-            value = atom.val if isinstance(atom, core.Literal) else values[atom]
-            return jnp.zeros(atom.aval.shape, atom.aval.dtype) if value is None else value
+        def read(atom):
+            if isinstance(atom, core.Literal):
+                return atom.val
+            return jnp.zeros(atom.aval.shape, atom.aval.dtype) if values[atom] is None else values[atom]
 
         for eqn in program.linear:
             moves = any(values[a] is not None for a in _variables(eqn.invars) & program.moving)
