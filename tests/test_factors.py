@@ -352,7 +352,7 @@ def random_program(seed):
 def test_random_programs():
     h, tangent = normal(4, 4), normal(4, 4)
     cut_ones = separable_ones = 0
-    for seed in range(30):
+    for seed in range(40):
         f = random_program(seed)
         closed, _, _ = derivative(f, h)
         some, kind = list(cuts(closed, [0])), separable(closed, [0])
@@ -366,4 +366,4 @@ def test_random_programs():
             np.testing.assert_allclose(got, want, rtol=1e-9, atol=1e-9 * np.abs(want).max())
         cut_ones += bool(some)
         separable_ones += kind is not None
-    assert min(cut_ones, separable_ones) >= 6, "too few to test anything"
+    assert min(cut_ones, separable_ones) >= 6, f"too few to test anything: {cut_ones}, {separable_ones}"
