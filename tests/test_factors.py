@@ -35,8 +35,11 @@ def derivative(f, h, *params):
     return jax.make_jaxpr(run)(leaves, leaves, params), len(leaves), [*leaves, *jax.tree.leaves(params)]
 
 
-def call(closed, *args):
-    return core.jaxpr_as_fun(closed)(*args)
+def recombined(cut, tangents, others):
+    inner, outer, rest = map(core.jaxpr_as_fun, (cut.inner, cut.outer, cut.rest))
+    through = inner(*tangents, *others)
+    assert [v.shape for v in through] == [aval.shape for aval in cut.avals]
+    return list(map(jnp.add, outer(*through, *others), rest(*tangents, *others)))
 
 
 def found(f, h, *params):
@@ -97,7 +100,7 @@ CUTS = {
     "mean field": (lambda h: jnp.tanh(h - h.mean()), H, (), 1),
     "a leaf of the state": (lambda s, w: (jnp.tanh(s[0] + s[1] @ w), jnp.sin(s[1])), (H, normal(3, 2)), (UP,), 6),
     "two leaves": (lambda s, a, b: (s[0] + jnp.tanh(s[1] @ a) @ b, s[1] * s[0]), (H, H), (DOWN, UP), 6),
-    "half precision inside": (
+    "single precision inside": (
         lambda h, a, b: h + bottleneck(h.astype("float32"), a, b).astype("float64"),
         H,
         (DOWN.astype("float32"), UP.astype("float32")),
@@ -123,13 +126,12 @@ def test_parts_add_up_to_the_program(name):
     tangents = [normal(*leaf.shape) for leaf in jax.tree.leaves(h)]
     some = list(cuts(closed, range(count)))
     assert some
+    tolerance = 1e-6 if name == "single precision inside" else 1e-12
     for cut in some:
         assert sum(math.prod(aval.shape) for aval in cut.avals) == size
-        through = call(cut.inner, *tangents, *others)
-        assert [v.shape for v in through] == [aval.shape for aval in cut.avals]
-        outer, rest = call(cut.outer, *through, *others), call(cut.rest, *tangents, *others)
-        for got, want in zip(map(jnp.add, outer, rest), call(closed, *tangents, *others), strict=True):
-            np.testing.assert_allclose(got, want, rtol=1e-12 if "half" not in name else 1e-6, atol=1e-12 if "half" not in name else 1e-6)
+        got, want = jax.jit(functools.partial(recombined, cut)), jax.jit(core.jaxpr_as_fun(closed))
+        for g, w in zip(got(tangents, others), want(*tangents, *others), strict=True):
+            np.testing.assert_allclose(g, w, rtol=tolerance, atol=tolerance)
 
 
 @pytest.mark.parametrize("name", CUTS)
@@ -213,7 +215,7 @@ SEPARABLE = {
     "scaled throughout": (lambda h, a, b, s: s * jnp.tanh(2.0 * (a @ h) @ b), M, (LEFT, RIGHT, M + 1), (0, 1), (True, True), True),
     "a number alone": (lambda h: -0.5 * h.T, M, (), (1, 0), (False, False), True),
     "a scalar parameter": (lambda h, a, s: s * (a @ h), M, (LEFT, jnp.array(0.7)), (0, 1), (True, False), False),
-    "leaky": (lambda h, a, s: h * s[:, None] + 0.5 * h, M, (LEFT, ROWS), (0, 1), (True, False), False),
+    "leaky": (lambda h, a, s: (lambda g: g * s[:, None] + 0.5 * g)(a @ h), M, (LEFT, ROWS), (0, 1), (True, False), False),
     "multiples added": (lambda h, a: (lambda g: jnp.sin(g) - 2 * g**2 + g)(a @ h), M, (LEFT,), (0, 1), (True, False), True),
     "in a jit": (lambda h, a, b: jax.jit(lambda h: jnp.tanh(a @ h @ b))(h), M, (LEFT, RIGHT), (0, 1), (True, True), True),
     "a vector": (lambda h, a: jnp.tanh(a @ h), ROWS, (LEFT,), (0,), (True,), False),
@@ -253,10 +255,10 @@ def test_factors_are_those_of_the_jacobian(name):
     kind = separable(closed, [0])
     assert kind is not None
     assert kind.axes == axes
-    matrices, scale = kind.factors(*others)
+    matrices, scale = jax.jit(kind.factors)(*others)
     assert tuple(m is not None for m in matrices) == has_matrix
     assert (scale is not None) == has_scale
-    want = jax.jacobian(f)(h, *params)
+    want = jax.jit(jax.jacobian(f))(h, *params)
     np.testing.assert_allclose(matrix_of(kind, matrices, scale, h.shape), want, rtol=1e-12, atol=1e-12)
 
 
@@ -277,10 +279,10 @@ def test_factors_under_transformations():
         return matrix_of(kind, *kind.factors(h, *params), h.shape)
 
     batched = jax.jit(jax.vmap(jacobian, (0, None, None)))(states, *params)
-    np.testing.assert_allclose(batched, jax.vmap(jax.jacobian(f), (0, None, None))(states, *params), rtol=1e-12, atol=1e-12)
+    np.testing.assert_allclose(batched, jax.jit(jax.vmap(jax.jacobian(f), (0, None, None)))(states, *params), rtol=1e-12, atol=1e-12)
     weights = normal(*batched.shape[1:])
-    got = jax.grad(lambda *args: jnp.sum(weights * jacobian(*args)), (0, 1, 2))(h, *params)
-    want = jax.grad(lambda *args: jnp.sum(weights * jax.jacobian(f)(*args)), (0, 1, 2))(h, *params)
+    got = jax.jit(jax.grad(lambda *args: jnp.sum(weights * jacobian(*args)), (0, 1, 2)))(h, *params)
+    want = jax.jit(jax.grad(lambda *args: jnp.sum(weights * jax.jacobian(f)(*args)), (0, 1, 2)))(h, *params)
     for g, w in zip(got, want, strict=True):
         np.testing.assert_allclose(g, w, rtol=1e-10, atol=1e-10)
 
@@ -300,8 +302,8 @@ def test_a_rule_that_is_not_its_functions_derivative_stays():
     closed, _, _ = derivative(f, M)
     kind = separable(closed, [0])
     weights = normal(4, 5, 4, 5)
-    got = jax.grad(lambda h: jnp.sum(weights * matrix_of(kind, *kind.factors(h), h.shape)))(M)
-    want = jax.grad(lambda h: jnp.sum(weights * jax.jacobian(f)(h)))(M)
+    got = jax.jit(jax.grad(lambda h: jnp.sum(weights * matrix_of(kind, *kind.factors(h), h.shape))))(M)
+    want = jax.jit(jax.grad(lambda h: jnp.sum(weights * jax.jacobian(f)(h))))(M)
     np.testing.assert_allclose(got, want, rtol=1e-12, atol=1e-12)
 
 
@@ -311,3 +313,57 @@ def test_single_precision_stays():
     closed, _, others = derivative(f, h, *params)
     matrices, scale = separable(closed, [0]).factors(*others)
     assert {x.dtype for x in (*matrices, scale)} == {jnp.dtype("float32")}
+
+
+# --- random programs -------------------------------------------------------------------------------------------------
+
+A, B, COLUMN, ROW = normal(4, 4), normal(4, 4), normal(4, 1), normal(1, 4)
+OPERATIONS = (
+    lambda x, y: jnp.tanh(x),
+    lambda x, y: jax.nn.relu(-x),
+    lambda x, y: A @ x,
+    lambda x, y: x @ B,
+    lambda x, y: jnp.tanh(x @ COLUMN) @ ROW,
+    lambda x, y: x + COLUMN @ (ROW @ y),
+    lambda x, y: x - x.mean(-1, keepdims=True),
+    lambda x, y: x.T,
+    lambda x, y: x + y,
+    lambda x, y: x * y,
+    lambda x, y: x / jnp.exp(ROW),
+    lambda x, y: jnp.cos(COLUMN) * x,
+    lambda x, y: x @ COLUMN * y,
+    lambda x, y: jnp.concatenate([x[:2], y[2:]]),
+)
+
+
+def random_program(seed):
+    random = np.random.default_rng(seed)
+    chosen = [(OPERATIONS[random.integers(len(OPERATIONS))], *random.integers(0, 3, 2)) for _ in range(random.integers(2, 7))]
+
+    def f(h):
+        values = [h]
+        for operation, i, j in chosen:
+            values.append(operation(values[-1 - i % len(values)], values[-1 - j % len(values)]))
+        return values[-1]
+
+    return f
+
+
+def test_random_programs():
+    h, tangent = normal(4, 4), normal(4, 4)
+    cut_ones = separable_ones = 0
+    for seed in range(40):
+        f = random_program(seed)
+        closed, _, _ = derivative(f, h)
+        some, kind = list(cuts(closed, [0])), separable(closed, [0])
+
+        def results(h, some=some, kind=kind, f=f):
+            jacobian = jax.jacobian(f)(h)
+            found = [(recombined(cut, [tangent], [h])[0], jnp.tensordot(jacobian, tangent, 2)) for cut in some]
+            return found if kind is None else [*found, (matrix_of(kind, *kind.factors(h), h.shape), jacobian)]
+
+        for got, want in jax.jit(results)(h) if some or kind else ():
+            np.testing.assert_allclose(got, want, rtol=1e-9, atol=1e-9 * np.abs(want).max())
+        cut_ones += bool(some)
+        separable_ones += kind is not None
+    assert min(cut_ones, separable_ones) >= 6, f"too few to test anything: {cut_ones}, {separable_ones}"

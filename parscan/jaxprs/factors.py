@@ -157,7 +157,8 @@ class Cut:
     """Variables of a linear program, through which all goes but an elementwise part: program = outer ∘ inner + rest.
 
     avals: of the variables. inner: (all inputs of the program) -> the variables, linear in the tangents. outer: (the variables, all inputs
-    that are no tangents) -> the program's outputs, linear in the variables. rest: (all inputs) -> the outputs, the variables being zero.
+    that are no tangents) -> the program's outputs, linear in the variables. rest: (all inputs) -> the outputs, the variables being zero; it
+    keeps every axis of every tangent, perhaps in another order, and has one leaf act on another of the same size at most.
     """
 
     avals: tuple[Any, ...]
@@ -210,8 +211,9 @@ def _without(program: _Linear, invars: Sequence[Any], zero: Sequence[Any], outva
         values = {**program.values([entering[v] for v in others]), **entering, **dict.fromkeys(zero)}  # None: zero
 
         def read(atom):
-            value = atom.val if isinstance(atom, core.Literal) else values[atom]
-            return jnp.zeros(atom.aval.shape, atom.aval.dtype) if value is None else value
+            if isinstance(atom, core.Literal):
+                return atom.val
+            return jnp.zeros(atom.aval.shape, atom.aval.dtype) if values[atom] is None else values[atom]
 
         for eqn in program.linear:
             moves = any(values[a] is not None for a in _variables(eqn.invars) & program.moving)
@@ -224,15 +226,14 @@ def _without(program: _Linear, invars: Sequence[Any], zero: Sequence[Any], outva
     return core.ClosedJaxpr(_alive(open_jaxpr(traced)), traced.consts)
 
 
-Node = tuple[Any, bool, bool]  # a variable, whether what was mixed arrives there, whether it has passed
 Graph = dict[Any, dict[Any, float]]  # how much may flow from a node to another
 
 
 def _narrowest(program: _Linear) -> list[tuple[Any, ...]]:
     """The smallest sets of variables that all mixing passes: nearest the tangents, nearest the outputs.
 
-    A minimum cut. Every variable is there twice, for what has not been mixed on its way and for what has; to be cut costs its size, and
-    only what has been mixed is led to the end.
+    A minimum cut. A node is (variable, whether what flows has been mixed on its way, whether it has passed the variable). To pass takes the
+    variable's size, and only what has been mixed is led to the end.
     """
     moving = program.moving
     graph: Graph = {"start": {}, "end": {}}
@@ -435,7 +436,7 @@ def _chained(program: _Linear) -> list[_Piece] | None:
 
 
 def _places(eqn: Any, side: int) -> dict[int, int] | None:
-    """Where the dimensions of an operand are after a product with a matrix, the contracted one becoming that which the matrix has left. None if it is none."""
+    """Where the dimensions of an operand are after a product with a matrix, the contracted one becoming the matrix's other. None for any other product."""
     contract, batch = eqn.params["dimension_numbers"]
     rank = len(eqn.invars[side].aval.shape)
     if batch[side] or len(contract[side]) != 1 or len(eqn.invars[1 - side].aval.shape) != 2:
