@@ -39,7 +39,7 @@ class Sparse(Jacobian):
         (100, 2)
     """
 
-    pays_below: ClassVar[float] = 0.5
+    pays_below: ClassVar[float] = 1.0
     values: Array
     pattern: Pattern
 
