@@ -6,9 +6,10 @@ import functools
 import itertools
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
@@ -16,10 +17,13 @@ from jax import Array
 from parscan import jacobians
 from parscan.checks import is_inexact
 from parscan.claims import Claim, claimed
-from parscan.jacobians import BlockDiagonal, Dense, Diagonal, DirectSum, Evidence, Form, Identity, Index, Jacobian, recognised
+from parscan.factored import Bottleneck, Sides, bottleneck, sides
+from parscan.jacobians import BlockDiagonal, Dense, Diagonal, DirectSum, Evidence, Form, Identity, Index, Jacobian, Kronecker, LowRank, recognised
 from parscan.jaxprs import Program
 from parscan.layout import Group, Layout
-from parscan.proof import Steps, proved
+from parscan.proof import Derivative, Order, Steps, derivative, proved
+
+SMALLEST_FACTORED = 4  # blocks of this width on are looked into for factors
 
 
 @dataclass(frozen=True)
@@ -66,6 +70,13 @@ class Forms:
             parts.append(BlockDiagonal(inner, group.counts) if group.counts else inner)
         return parts[0] if len(parts) == 1 else DirectSum(tuple(parts))
 
+    def around(self, inner: Any) -> Any:
+        """Of a single group, from its blocks with leading axes (L, *counts)."""
+        ((group,), (shared,)) = self.after, self.shared
+        places = (slice(None), *(slice(0, 1) if same else slice(None) for same in shared))
+        inner = jax.tree.map(lambda x: x[places], inner)
+        return BlockDiagonal(inner, group.counts) if group.counts else inner
+
     def closed(self) -> Forms:
         """The same with kinds whose products are of that kind: elementwise groups are diagonal, blocks of all others dense, none of them shared."""
         each = []
@@ -81,6 +92,7 @@ class Structure:
     before, after: the layouts of the states entering and leaving it.
     along, against: how they are formed for tangents, and their transposes for cotangents.
     same: whether all steps are one linear map.
+    factored: how blocks that are not pushed a basis through are formed.
     """
 
     before: Layout
@@ -88,6 +100,7 @@ class Structure:
     along: Forms
     against: Forms
     same: bool
+    factored: Bottleneck | Sides | None = None
 
     def forms(self, *, transposed: bool) -> Forms:
         return self.against if transposed else self.along
@@ -127,11 +140,28 @@ def _structures(steps: Steps, claim: Claim | None) -> list[Structure]:
     ]
     found = []
     for i, (before, after) in enumerate(itertools.pairwise(layouts)):
+        one, factored = evidence[i], None
+        if proof is not None:
+            one, factored = _with_factors(derivative(steps[i][0]), one, orders[i], orders[i + 1])
         shared = proof.shared[i] if proof is not None else tuple((False,) * len(group.counts) for group in before.groups)
-        along = _forms(before.groups, after.groups, evidence[i], shared)
-        against = _forms(after.groups, before.groups, tuple(one.transpose() for one in evidence[i]), shared)
-        found.append(Structure(before, after, along, against, proof is not None and proof.same[i]))
+        along = _forms(before.groups, after.groups, one, shared)
+        against = _forms(after.groups, before.groups, tuple(some.transpose() for some in one), shared)
+        used = factored if any(form.kind in (LowRank, Kronecker) for form in along.each) else None
+        found.append(Structure(before, after, along, against, proof is not None and proof.same[i], used))
     return found
+
+
+def _with_factors(proof: Derivative, evidence: tuple[Evidence, ...], before: Order, after: Order) -> tuple[tuple[Evidence, ...], Bottleneck | Sides | None]:
+    """The evidence, and with what is found of factors where the state is one group of blocks."""
+    if len(evidence) != 1 or min(evidence[0].shape) < SMALLEST_FACTORED or before[1][0].elementwise:
+        return evidence, None
+    passing = bottleneck(proof, before, after)
+    if passing is not None:
+        return (replace(evidence[0], rank=passing.rank),), passing
+    acting = sides(proof, before, after)
+    if acting is not None:
+        return (replace(evidence[0], factors=acting.factors, scaled=acting.scaled),), acting
+    return evidence, None
 
 
 def _forms(before: tuple[Group, ...], after: tuple[Group, ...], evidence: Sequence[Evidence], shared: tuple[tuple[bool, ...], ...]) -> Forms:

@@ -126,7 +126,9 @@ class Linearised:
             entering = ends[transposed]
             return staged(self.pull if transposed else self.push, self.data, jax.ShapeDtypeStruct((entering.size,), entering.dtype))
 
-        def forming(transposed):
+        def forming(transposed: bool) -> tuple[Any, Callable[[Any], Any]]:
+            if self.structure.factored is not None:
+                return self.data, partial(self._from_factors, transposed=transposed)
             (data, linear), forms = crossing(transposed), self.structure.forms(transposed=transposed)
             seeds = forms.seeds(ends[0].dtype)
             return data, lambda data: forms.jacobian(jax.vmap(jax.vmap(linear, (None, 0)), (0, None))(data, seeds))
@@ -136,13 +138,25 @@ class Linearised:
 
             From the other side only where nothing is masked: what a mask keeps out on the way there, 0 · inf, it lets in on the way back.
             """
-            ways = [(transposed, *forming(transposed))]
-            if masks_nothing(jax.make_jaxpr(ways[0][2])(ways[0][1])):
+            ways: list[tuple[bool, Any, Any]] = [(transposed, *forming(transposed))]
+            if self.structure.factored is None and masks_nothing(jax.make_jaxpr(ways[0][2])(ways[0][1])):
                 ways.append((not transposed, *forming(not transposed)))
             way, data, form = min(ways, key=lambda way: flops(jax.make_jaxpr(way[2])(way[1])))
             return data, form if way == transposed else lambda data: form(data).transpose()
 
         return Chain(lambda: crossing(transposed), cheaper, self.structure.forms(transposed=transposed), self.structure.same)
+
+    def _from_factors(self, data: Any, *, transposed: bool) -> Any:
+        """Jacobians of stacked steps, or their transposes, without pushing a basis of the state."""
+        factored, (states, _) = self.structure.factored, self.data
+        assert factored is not None
+        like = [jax.ShapeDtypeStruct(states[i].shape[1:], states[i].dtype) for i in self._floats]
+
+        def one(data):
+            states, xs = data
+            return factored.formed([*self.consts, *states, *xs], like, transposed=transposed, dtype=self.before.dtype)
+
+        return self.structure.forms(transposed=transposed).around(jax.vmap(one)(data))
 
     # --- all steps ----------------------------------------------------------------------------------------------------
 

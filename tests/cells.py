@@ -293,10 +293,10 @@ def kalman_mean(m, x, w):
     return predicted + jnp.einsum("bij,bj->bi", x["gain"], x["y"] - predicted @ w["h"].T)
 
 
-@cell("Kronecker", {9: BATCH}, weights={"f": (3, 3)}, state=(BATCH, 3, 3), xs={"scale": (BATCH, 3), "q": (BATCH, 3, 3)})
+@cell("Kronecker", {9: BATCH}, weights={"f": (3, 3)}, state=(BATCH, 3, 3), xs={"scale": (3,), "q": (BATCH, 3, 3)})
 def covariance_prediction(p, x, w):
     """F P Fᵀ + Q, F scaled by the inputs: F ⊗ F."""
-    f = (1 + 0.5 * jnp.tanh(x["scale"]))[:, :, None] * w["f"]
+    f = (1 + 0.5 * jnp.tanh(x["scale"]))[:, None] * w["f"]
     return f @ p @ f.mT + x["q"] @ x["q"].mT
 
 

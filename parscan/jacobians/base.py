@@ -203,15 +203,19 @@ class Evidence:
 
     shape: (p, n) of a block. pattern: where an entry may be non-zero in any of them; None if that is not known. moves: every entry that
     may be non-zero is 1. rank: the size of a bottleneck that everything but an elementwise part passes through; None if none is known.
+    factors: the shapes of two matrices that act on a matrix state from the left and from the right; scaled: and an elementwise scale does on one side.
     """
 
     shape: tuple[int, int]
     pattern: Pattern | None = None
     moves: bool = False
     rank: int | None = None
+    factors: tuple[tuple[int, int], tuple[int, int]] | None = None
+    scaled: bool = False
 
     def transpose(self) -> Evidence:
-        return replace(self, shape=self.shape[::-1], pattern=None if self.pattern is None else self.pattern.transpose())
+        factors = None if self.factors is None else (self.factors[0][::-1], self.factors[1][::-1])
+        return replace(self, shape=self.shape[::-1], pattern=None if self.pattern is None else self.pattern.transpose(), factors=factors)
 
 
 @dataclass(frozen=True)

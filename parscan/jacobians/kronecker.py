@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from parscan.jacobians.base import Jacobian, balanced_columns, kind
+from parscan.jacobians.base import Evidence, Form, Jacobian, balanced_columns, kind
 from parscan.jacobians.dense import Dense
 
 _DEAD = -(2**20)  # exponent of a factor's column of zeros: whatever the other factor's column has grown to, no infinity is to meet these zeros
@@ -108,6 +108,16 @@ class Kronecker(Jacobian):
         lead = jnp.broadcast_shapes(self.left.shape[:-2], self.right.shape[:-2], *(scale.shape[:-1] for scale in scales))
         (p, q), (r, s) = self.left.shape[-2:], self.right.shape[-2:]
         return math.prod(lead) * (2 * p * q * s + 2 * p * s * r + sum(scale.shape[-1] for scale in scales))
+
+    @classmethod
+    def recognised(cls, evidence: Evidence) -> Form | None:
+        return None if evidence.factors is None else Form(cls, evidence.shape, None, (evidence.factors, evidence.scaled))
+
+    @classmethod
+    def abstract(cls, form: Form, dtype: Any) -> Kronecker:
+        (left, right), scaled = form.static
+        shapes = [left, right, *([(form.shape[0],)] if scaled else [])]
+        return cls(*(jax.ShapeDtypeStruct(shape, dtype) for shape in shapes))  # pyright: ignore[reportArgumentType]
 
 
 def _matmul(one: Array, other: Array) -> Array:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from jax.extend import core
@@ -33,9 +33,21 @@ def _of(eqn: Any) -> int:
 _LINEAR = _MOVES | frozenset("add add_any sub neg mul dot_general reduce_sum split stack unstack conv_general_dilated rev jit pjit".split())
 
 
-def masks_nothing(jaxpr: AnyJaxpr) -> bool:
-    """Whether a linear program only adds, multiplies and moves: no part of it decides what may pass."""
-    return all(eqn.primitive.name in _LINEAR for eqn in equations(jaxpr))
+def masks_nothing(jaxpr: AnyJaxpr, inputs: Sequence[int] | None = None) -> bool:
+    """Whether a linear program only adds, multiplies and moves: no part of it decides what may pass. With `inputs`: what becomes of these."""
+    touched = open_jaxpr(jaxpr).eqns if inputs is None else list(_touched(jaxpr, inputs))
+    every = [one for eqn in touched for one in (eqn, *(e for inner in sub_jaxprs(list(eqn.params.values())) for e in equations(inner)))]
+    return all(eqn.primitive.name in _LINEAR for eqn in every)
+
+
+def _touched(jaxpr: AnyJaxpr, inputs: Sequence[int]) -> Iterator[Any]:
+    """The equations that depend on these inputs."""
+    body = open_jaxpr(jaxpr)
+    moved = {body.invars[i] for i in inputs}
+    for eqn in body.eqns:
+        if any(isinstance(a, core.Var) and a in moved for a in eqn.invars):
+            moved.update(eqn.outvars)
+            yield eqn
 
 
 _PLACES = _MOVES - {"pad", "iota", "convert_element_type"} | {"gather", "split", "stack", "unstack", "expand_dims"}
