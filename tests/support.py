@@ -12,6 +12,7 @@ import numpy as np
 from jax import lax
 
 import parscan
+from parscan.jaxprs import Flat, trace
 
 TOLERANCE = {"float32": 1e-4, "float64": 1e-10}
 METHODS: dict[str, Any] = {
@@ -183,3 +184,14 @@ def long_loops(jaxpr: Any, longest: int) -> list[tuple[int, tuple]]:
             avals = [v.aval for v in body.invars[consts : consts + carry]]
             found.append((eqn.params["length"], tuple((a.shape, str(a.dtype)) for a in avals)))
     return found
+
+
+def derivative_of(step: Any, state: Any) -> tuple[Any, range]:
+    """The derivative of `step` in its state, as it is taken of a program: inputs are tangents, what it closes over, state; and which are tangents."""
+    program, consts, _ = trace(lambda _, state, x: step(state), Flat.of(()), Flat.of(state), Flat.of(()))
+    leaves = jax.tree.leaves(state)
+
+    def derivative(tangents, consts, leaves):
+        return jax.jvp(lambda some: program(consts, some, [])[0], (leaves,), (tangents,))[1]
+
+    return jax.make_jaxpr(derivative)(leaves, consts, leaves), range(len(leaves))

@@ -64,6 +64,31 @@ def secretly_mixing(x):
 
 secretly_mixing.defjvp(lambda primals, tangents: (secretly_mixing(*primals), jnp.cos(primals[0]) * tangents[0] + 0.1 * tangents[0][::-1]))
 
+TRIANGLE = jnp.tril(W, -1) + 2 * EYE
+PICTURE = jnp.asarray(RANDOM.standard_normal((2, 6, 3)))  # batch, places, channels
+
+
+def pooled(h):
+    return lax.reduce_window(h, -jnp.inf, lax.max, (1, 3), (1, 1), "SAME")
+
+
+def convolved(h, kernel, groups=1):
+    return lax.conv_general_dilated(h, kernel, (1,), "SAME", dimension_numbers=("NWC", "WIO", "NWC"), feature_group_count=groups)
+
+
+def over_rows(step, h):
+    return lax.map(lambda r: step(r), h)
+
+
+def carried_beside(h, x):
+    return lax.scan(lambda c, r: (c + 1, c * jnp.tanh(r @ W + x)), 0.1, h)[1]
+
+
+def on_one_device(h):
+    mesh = jax.sharding.Mesh(np.asarray(jax.devices()[:1]), ("one",))
+    return lax.with_sharding_constraint(h, jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("one")))
+
+
 BATCH = jnp.asarray(RANDOM.standard_normal((32, 8)))
 X = jnp.asarray(RANDOM.standard_normal(8))
 
@@ -96,6 +121,31 @@ FOUND = {
     "constant": (lambda h, x: jnp.zeros_like(h), BATCH, {1: 256}),
     "reshape inside the width": (lambda h, x: jnp.tanh((h.reshape(32, 2, 4) * 2).reshape(32, 8) @ W), BATCH, {8: 32}),
     "two leaves that do not meet": (lambda s, x: (jnp.tanh(s[0] @ W), jnp.sin(s[1])), (BATCH, BATCH[:, 0]), {1: 32, 8: 32}),
+    "map over rows": (lambda h, x: over_rows(lambda r: jnp.tanh(W @ r + x), h), BATCH, {8: 32}),
+    "map over rows, elementwise": (lambda h, x: over_rows(lambda r: jnp.tanh(V * r + x), h), BATCH, {1: 256}),
+    "map over rows of rows": (lambda h, x: over_rows(lambda m: over_rows(lambda r: jnp.tanh(W @ r), m), h), BATCH[:8].reshape(2, 4, 8), {8: 8}),
+    "map over rows, elementwise along the other axis": (lambda h, x: over_rows(lambda m: jnp.tanh(W @ m), h), BATCH.reshape(4, 8, 8), {8: 32}),
+    "map over columns": (lambda h, x: over_rows(lambda r: jnp.tanh(W @ r), h.T).T, BATCH.T, {8: 32}),
+    "map over rows in reverse": (lambda h, x: lax.scan(lambda _, r: (None, jnp.tanh(W @ r)), None, h, reverse=True)[1], BATCH, {8: 32}),
+    "map over rows with an inner loop": (lambda h, x: over_rows(lambda r: lax.fori_loop(0, 3, lambda i, r: jnp.tanh(W @ r), r), h), BATCH, {8: 32}),
+    "map over rows with a branch that depends on the row": (lambda h, x: over_rows(lambda r: lax.cond(r.sum() > 0, jnp.tanh, lambda r: W @ r, r), h), BATCH, {8: 32}),
+    "map over rows beside a carry": (carried_beside, BATCH, {8: 32}),
+    "Fourier transform along the width": (lambda h, x: jnp.fft.ifft(jnp.fft.fft(h, axis=1) * x).real, BATCH, {8: 32}),
+    "triangular solve for every row": (lambda h, x: jnp.tanh(jax.scipy.linalg.solve_triangular(TRIANGLE, h.T, lower=True).T), BATCH, {8: 32}),
+    "triangular solves, batched": (lambda h, x: jax.vmap(lambda r: jax.scipy.linalg.solve_triangular(TRIANGLE + jnp.diag(r**2), r, lower=True))(h), BATCH, {8: 32}),
+    "tridiagonal solve": (lambda h, x: lax.linalg.tridiagonal_solve(V.at[0].set(0) / 9, 2 + V / 9, V.at[-1].set(0) / 9, jnp.sin(h).T).T, BATCH, {8: 32}),
+    "linear solve for every row": (lambda h, x: jnp.linalg.solve(TRIANGLE, jnp.sin(h).T).T, BATCH, {8: 32}),
+    "Cholesky factors of a batch": (lambda h, x: jnp.linalg.cholesky(h @ h.mT + 5 * jnp.eye(3)), BATCH[:3, :6].reshape(2, 3, 3), {9: 2}),
+    "orthogonal factors of a batch": (lambda h, x: jnp.linalg.qr(h + 5 * jnp.eye(3))[0], BATCH[:3, :6].reshape(2, 3, 3), {9: 2}),
+    "inverse of a batch": (lambda h, x: jnp.linalg.inv(h + 9 * jnp.eye(3)), BATCH[:3, :6].reshape(2, 3, 3), {9: 2}),
+    "largest first": (lambda h, x: jnp.tanh(lax.top_k(h, 8)[0]), BATCH, {8: 32}),
+    "max pooling along the width": (lambda h, x: jnp.tanh(pooled(h)), BATCH, {8: 32}),
+    "pull-back of max pooling": (lambda h, x: jax.vjp(pooled, BATCH + x)[1](h)[0], BATCH, {8: 32}),
+    "convolution": (lambda h, x: convolved(h, W[:, :3].reshape(-1)[:18].reshape(2, 3, 3)), PICTURE, {18: 2}),
+    "depthwise convolution": (lambda h, x: convolved(h, W[:2, None, :3], 3), PICTURE, {6: 6}),
+    "pointwise convolution": (lambda h, x: convolved(h, W[None, :3, :3]), PICTURE, {3: 12}),
+    "first row overwritten": (lambda h, x: lax.dynamic_update_slice(jnp.tanh(V * h), x[None], (0, 0)), BATCH, {1: 256}),
+    "sharding constraint": (lambda h, x: on_one_device(jnp.tanh(V * h)), BATCH, {1: 256}),
     "an integer counter beside": (lambda s, x: (jnp.tanh(s[0] @ W) * s[1], s[1] + 1), (BATCH, jnp.int32(1)), {8: 32}),
 }
 
@@ -111,6 +161,15 @@ DENSE = {
     "roll along the batch and product along the width": (lambda h, x: jnp.roll(jnp.tanh(h @ W), 1, axis=0), BATCH),
     "reversal of both axes": (lambda h, x: jnp.tanh(h @ W)[::-1], BATCH),
     "sort along the batch": (lambda h, x: jnp.sort(h @ W, axis=0), BATCH),
+    "running sum over rows": (lambda h, x: lax.scan(lambda c, r: (c + r, jnp.tanh(c @ W)), jnp.zeros(8), h)[1], BATCH),
+    "the row before": (lambda h, x: lax.scan(lambda c, r: (r, jnp.tanh(c @ W)), jnp.zeros(8), h)[1], BATCH),
+    "map over rows, written elsewhere": (lambda h, x: over_rows(lambda r: jnp.tanh(W @ r), h)[::-1], BATCH),
+    "map over rows, each with the mean of all": (lambda h, x: over_rows(lambda r: jnp.tanh(W @ r) * h.mean(), h), BATCH),
+    "map over rows, written as columns": (lambda h, x: over_rows(lambda r: jnp.tanh(W @ r), h).T, W),
+    "map over rows of rows, axes exchanged": (lambda h, x: over_rows(lambda m: over_rows(lambda r: jnp.tanh(W[:4, :4] @ r), m), h.transpose(1, 0, 2)), jnp.ones((4, 4, 4))),
+    "outer and inner row at once": (lambda h, x: over_rows(lambda a: over_rows(lambda b: jnp.tanh(a @ W) @ b, h), h), W),
+    "Fourier transform along both axes": (lambda h, x: jnp.fft.fft2(h).real, BATCH),
+    "max pooling along the batch": (lambda h, x: pooled((h @ W).T).T, BATCH),
     "merged batch, taken apart elsewhere": (lambda h, x: jnp.tanh((h @ W).reshape(8, 32).T), BATCH),
 }
 
@@ -226,6 +285,21 @@ UNARY = [
     lambda a: jax.vmap(jnp.outer)(a, a).sum(1),
     lambda a: jnp.maximum(a, a.max(1, keepdims=True) * 0.5),
     lambda a: jnp.linalg.norm(a, axis=1, keepdims=True) * a,
+    lambda a: over_rows(lambda r: W[:4, :4] @ r, a),
+    lambda a: over_rows(lambda r: r * a[0], a),
+    lambda a: over_rows(lambda r: over_rows(lambda e: jnp.sin(e) + r[0], r), a),
+    lambda a: lax.scan(lambda c, r: (r, r + c), jnp.zeros(4), a, reverse=True)[1],
+    lambda a: lax.scan(lambda c, r: (c + 1, r * c), 1.0, a)[1],
+    lambda a: over_rows(lambda r: W[:3, :3] @ r, a.T).T,
+    lambda a: jnp.fft.fft(a, axis=1).real,
+    lambda a: jnp.fft.fft(a, axis=0).imag,
+    lambda a: jax.scipy.linalg.solve_triangular(TRIANGLE[:3, :3], a, lower=True),
+    lambda a: lax.dynamic_update_slice(a, a[1:2] * 2, (0, 0)),
+    lambda a: lax.dynamic_update_slice(a, jnp.zeros((1, 2)), (1, 1)),
+    lambda a: lax.top_k(a, 4)[0],
+    pooled,
+    lambda a: convolved(a[None], W[:2, None, :4], 4)[0],
+    lambda a: convolved(a[:, :, None], W[:2, 0, None, None])[:, :, 0],
 ]
 BINARY = [jnp.add, jnp.multiply, lambda a, b: a * b.mean(0), lambda a, b: jnp.where(b > 0, a, b), lambda a, b: jnp.concatenate([a[:, :2], b[:, 2:]], 1)]
 

@@ -61,7 +61,9 @@ def mixings(jaxpr: AnyJaxpr, tangents: Sequence[int]) -> list[Mixing]:
 
     An axis that comes out in different places (a state and its transpose, in two outputs) is not lost in any equation, and not listed.
     """
-    place = {id(eqn): i for i, eqn in enumerate(equations(jaxpr))}
+    place: dict[int, int] = {}
+    for eqn in equations(jaxpr):  # a body that is called twice is there twice
+        place.setdefault(id(eqn), len(place))
     first: dict[tuple[int, int], Any] = {}
     for out in _follow(jaxpr, tangents):
         for leaf, dims in out.items():

@@ -14,8 +14,8 @@ such dimension), with one F for all k. If no operand at k varies with k, then fo
 out[k] by the same linear map for all k. For a leaf of which no axis is that dimension nothing is claimed, here or later: what `dependence` has
 lost stays lost. Along every other dimension of the output it may vary, unless it holds copies there.
 
-Loops: a carry may vary from trip to trip, so what it has a part in varies along the rows that the trips write. Rows whose number differs,
-or a branch taken or not, depend on scalars, and those on no index. A dimension of size 1 has one index, and does not vary.
+Loops: a carry may differ from trip to trip, and so may all rows that are computed from it. How many trips there are, or which branch is taken,
+is decided by a scalar, for all indices alike. A dimension of size 1 has one index: nothing varies along it.
 """
 
 from __future__ import annotations
