@@ -1,7 +1,7 @@
 """All reading of jaxprs: their parameters change between JAX releases, so nobody else looks inside one."""
 
 from parscan.jaxprs.contraction import contracted
-from parscan.jaxprs.cost import flops, masks_nothing, moves_only
+from parscan.jaxprs.cost import flops, flops_on, masks_nothing, moves_only
 from parscan.jaxprs.dependence import Dependence, dependence
 from parscan.jaxprs.elements import components, pattern, variation
 from parscan.jaxprs.obstacles import is_batchable, obstacle
@@ -17,6 +17,7 @@ __all__ = [
     "dependence",
     "equations",
     "flops",
+    "flops_on",
     "is_batchable",
     "jit_unless_staged",
     "masks_nothing",
