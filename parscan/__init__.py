@@ -19,8 +19,8 @@ from parscan.claims import Band, Blocks
 from parscan.jacobians import BlockDiagonal, Dense, Diagonal, DirectSum, Identity, Permutation
 from parscan.linear import linear_scan
 from parscan.methods import Associative, Chunked, Lax, Method, Sequential, Tree, Walk
-from parscan.planning import Plan
 from parscan.plans import plan
+from parscan.report import Plan
 from parscan.scanning import scan
 
 __version__ = "0.1.0"

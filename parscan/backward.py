@@ -17,8 +17,9 @@ from parscan.claims import parse_structure
 from parscan.jaxprs import is_batchable, jit_unless_staged
 from parscan.methods import Lax, Method, Sequential, parse_method
 from parscan.network import Link, Network, is_sequence, like_sequence, read_sequence, read_stacked, stack
-from parscan.planning import Plan, Stretch, plan_chain
+from parscan.planning import Stretch, plan_chain
 from parscan.recurrence import Recurrence, Run
+from parscan.report import Plan
 from parscan.structure import structures_of
 
 

@@ -16,9 +16,10 @@ from jax import Array, lax
 from jax.core import Tracer
 
 from parscan import checks
+from parscan.costs import Step
 from parscan.jaxprs import Flat, Program, slice_spec, trace
 from parscan.methods import Method
-from parscan.planning import Step, Stretch
+from parscan.planning import Stretch
 from parscan.recurrence import Recurrence, Run
 from parscan.stacking import Stacked, check_layer, check_state, split_params
 from parscan.structure import Structure

@@ -4,72 +4,35 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import NamedTuple
 
 import jax
 
 from parscan.claims import Claim
+from parscan.costs import Step
 from parscan.jaxprs import Program, flops, obstacle
 from parscan.layout import Group
 from parscan.methods import Associative, Chunked, Lax, Method, Tree, Walk
+from parscan.order import Order
+from parscan.report import Given, Plan
 from parscan.structure import Structure, blocks_of, kind_of, structures_of
 from parscan.sweep import order_of_products
 
 logger = logging.getLogger("parscan")
 
 
-@dataclass(frozen=True)
-class Plan:
-    """What was chosen for a chain, and why.
-
-    Attributes:
-        kind: name of the Jacobians' kind, `"Dense"`, `"BlockDiagonal"`, `"Diagonal"`, or `"none"` where there are none.
-        blocks: from block size to how many; the widest where layers change the width.
-        method: the method, its sizes chosen.
-        reason: why, in words.
-        length: number of steps, or of layers.
-        runs: how many layers in each run of equal neighbours, which are batched; `(length,)` for a recurrence.
-        flops: arithmetic of the products and vectors of a tree over layers of several widths, in the order chosen. 0 for other methods.
-        balanced_flops: the same of the balanced tree.
-        stretches: the plans of stretches of a network that are crossed by different methods. Then `kind`, `blocks`, `method` are those of
-            the longest, the arithmetic is the sum.
-
-    Example:
-        >>> parscan.plan(f, init, xs, method="walk").length == len(xs)
-        True
-    """
-
-    kind: str
-    blocks: dict[int, int]
-    method: Method
-    reason: str
-    length: int
-    runs: tuple[int, ...] = ()
-    flops: int = 0
-    balanced_flops: int = 0
-    stretches: tuple[Plan, ...] = ()
-
-    def __hash__(self) -> int:
-        return hash((self.kind, tuple(self.blocks.items()), self.method, self.reason, self.length, self.runs))
-
-
-@dataclass(frozen=True)
-class Step:
-    """Equal layers of a chain: a program, how many there are, and whether they are a loop (else a single layer, which may change the state)."""
-
-    program: Program
-    count: int
-    repeats: bool
-
-
 class Stretch(NamedTuple):
-    """Steps lo … hi - 1 of a chain, crossed by one method. `structures`: of their Jacobians; None if nobody may ask."""
+    """Steps lo … hi - 1 of a chain, crossed by one method.
+
+    structures: of their Jacobians; None if nobody may ask. order: of the products of maps between states of several widths, if any are taken.
+    """
 
     lo: int
     hi: int
     plan: Plan
     structures: tuple[Structure, ...] | None
+    order: Order | None = None
 
 
 SEGMENT_ENTRIES = 2**17  # numbers in the Jacobians that a walk forms at once: they stay in cache
@@ -166,7 +129,7 @@ def _verdict(step: Step, claim: Claim | None, fallback: Method, platform: str) -
 
 def _handed_over(steps: Sequence[Step], place: slice, method: Method, reason: str) -> Stretch:
     runs = tuple(step.count for step in steps[place])
-    return Stretch(place.start, place.stop, Plan("none", {}, method, reason, sum(runs), runs), None)
+    return Stretch(place.start, place.stop, Plan("none", {}, method, reason, sum(runs), runs, _given=Given(tuple(steps[place]), None)), None)
 
 
 def _planned(steps: Sequence[Step], place: slice, method: Method, reason: str, claim: Claim | None, fallback: Method) -> Stretch:
@@ -176,37 +139,34 @@ def _planned(steps: Sequence[Step], place: slice, method: Method, reason: str, c
         return _handed_over(steps, place, fallback, "nothing in the state is differentiable")
     runs, blocks = tuple(step.count for step in some), blocks_of(structures)
     sizes = sized(method, max(runs), blocks)
-    plan = Plan(kind_of(structures), blocks, sizes, reason, sum(runs), runs)
+    plan = Plan(kind_of(structures), blocks, sizes, reason, sum(runs), runs, _given=Given(tuple(some), tuple(structures), claim))
+    order = None
     if len(runs) > 1 and isinstance(sizes, (Tree, Associative)):
-        found = order_of_products(runs[::-1], [structures[0].before.groups, *(one.after.groups for one in structures)][::-1])
-        plan = replace(plan, flops=found.flops, balanced_flops=found.balanced)
-    return Stretch(place.start, place.stop, plan, tuple(structures))
+        order = order_of_products(runs[::-1], [structures[0].before.groups, *(one.after.groups for one in structures)][::-1])
+    return Stretch(place.start, place.stop, plan, tuple(structures), order)
 
 
 def _summary(stretches: Sequence[Stretch]) -> Plan:
     """One plan for all: see `Plan.stretches`."""
-    plans = [stretch.plan for stretch in stretches]
+    plans, orders = [stretch.plan for stretch in stretches], [stretch.order for stretch in stretches if stretch.order is not None]
     if len(plans) == 1:
-        return replace(plans[0], reason=plans[0].reason + _of_layers(plans[0]))
+        return replace(plans[0], reason=plans[0].reason + _of_layers(plans[0].runs, orders))
     longest = max(plans, key=lambda plan: (plan.method.is_parallel, plan.length))
     runs = tuple(count for plan in plans for count in plan.runs)
-    whole = replace(longest, length=sum(plan.length for plan in plans), runs=runs, stretches=tuple(plans))
-    whole = replace(whole, flops=sum(plan.flops for plan in plans), balanced_flops=sum(plan.balanced_flops for plan in plans))
     listed = "; ".join(f"{plan.method} for {plan.length} layers ({plan.reason})" for plan in plans)
-    return replace(whole, reason=f"in {len(plans)} stretches: {listed}" + _of_layers(whole))
+    reason = f"in {len(plans)} stretches: {listed}" + _of_layers(runs, orders)
+    return Plan(longest.kind, longest.blocks, longest.method, reason, sum(runs), runs, tuple(plans))
 
 
-def _of_layers(plan: Plan) -> str:
+def _of_layers(runs: Sequence[int], orders: Sequence[Order]) -> str:
     """What a network's plan says beside its reason: which layers are batched, what the order of products saved."""
     said = ""
-    if len(plan.runs) > 1:
-        batched = [f"{count} equal neighbours" for count in plan.runs if count > 1]
-        said += f"; {plan.length} layers in {len(plan.runs)} runs" + (
-            f", {', '.join(batched[:3])}{', …' if len(batched) > 3 else ''} batched" if batched else ""
-        )
-    if plan.balanced_flops:
-        saved = 1 - plan.flops / plan.balanced_flops
-        said += f"; order of products: {plan.flops} FLOPs where the balanced tree takes {plan.balanced_flops}, {saved:.0%} saved"
+    if len(runs) > 1:
+        batched = [f"{count} equal neighbours" for count in runs if count > 1]
+        said += f"; {sum(runs)} layers in {len(runs)} runs" + (f", {', '.join(batched[:3])}{', …' if len(batched) > 3 else ''} batched" if batched else "")
+    flops, balanced = sum(order.flops for order in orders), sum(order.balanced for order in orders)
+    if balanced:
+        said += f"; order of products: {flops} FLOPs where the balanced tree takes {balanced}, {1 - flops / balanced:.0%} saved"
     return said
 
 

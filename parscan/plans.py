@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -12,7 +13,8 @@ from parscan.chains import Layers
 from parscan.claims import parse_structure
 from parscan.methods import Method, Sequential, parse_method
 from parscan.network import is_sequence, read_sequence
-from parscan.planning import Plan, plan_chain
+from parscan.planning import plan_chain
+from parscan.report import Plan
 from parscan.scanning import traced_scan
 
 
@@ -55,11 +57,25 @@ def plan(
     if traced is None:
         jax.eval_shape(lambda init, xs: lax.scan(f_, init, xs, length, reverse), init, xs)
         raise ValueError("`lax.scan` accepts these arguments, but parscan cannot read them; it leaves them to `lax.scan`.")
-    return traced.plan
+    return traced.plan.named([init, init], _parameter(f, 0))
 
 
 def _of_layers(layers: Any, params: Any, activations: Any, method: Any, claim: Any) -> Plan:
     if not isinstance(activations, Sequence) or len(activations) not in (1, len(layers) + 1):
         raise ValueError(f"For a sequence of {len(layers)} layers the third argument must be the list h_0 … h_L of activations, or [h_0].")
     network = read_sequence(layers, params, activations)
-    return plan_chain(network.steps, method, claim, fallback=Sequential())[0]
+    trees = [network.tree, *(link.tree for link in network.links)]
+    states = [jax.tree.unflatten(tree, link.step.program.avals[1]) for tree, link in zip(trees, network.links, strict=False)]
+    if network.links:
+        states.append(jax.tree.unflatten(trees[-1], network.links[-1].step.program.out_avals[0]))
+    return plan_chain(network.steps, method, claim, fallback=Sequential())[0].named(states, _parameter(layers[0], 1) if layers else "h")
+
+
+def _parameter(f: Any, place: int) -> str:
+    """What a function calls its parameter at this place; `h` if it has no name for it."""
+    try:
+        found = list(inspect.signature(f).parameters.values())
+    except (TypeError, ValueError):  # a builtin
+        return "h"
+    named = len(found) > place and found[place].kind in (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    return found[place].name if named else "h"

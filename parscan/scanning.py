@@ -15,8 +15,9 @@ from jax import lax
 from parscan.claims import Claim, parse_structure
 from parscan.jaxprs import Flat, Program, slice_spec, trace
 from parscan.methods import Lax, Method, parse_method
-from parscan.planning import Plan, plan_for
+from parscan.planning import plan_for
 from parscan.recurrence import Recurrence, Run, run_recurrence
+from parscan.report import Plan
 
 Carry = TypeVar("Carry")
 X = TypeVar("X")

@@ -16,6 +16,23 @@ def flops(jaxpr: AnyJaxpr) -> int:
     return sum(_of(eqn) for eqn in open_jaxpr(jaxpr).eqns)
 
 
+def flops_on(jaxpr: AnyJaxpr, inputs: Sequence[int]) -> int:
+    """As `flops`, of the equations alone that depend on the inputs at these positions; a loop or branch that does counts whole.
+
+    Of a derivative, asked about its tangents: what pushing one more vector costs, all else being at hand.
+    """
+    body = open_jaxpr(jaxpr)
+    reached, total = {body.invars[i] for i in inputs}, 0
+    for eqn in body.eqns:
+        touched = [i for i, a in enumerate(eqn.invars) if isinstance(a, core.Var) and a in reached]
+        if touched:
+            inner = list(sub_jaxprs(list(eqn.params.values())))
+            called = len(inner) == 1 and eqn.primitive.name in ("jit", "pjit", "closed_call", "remat", "remat2", "checkpoint")
+            total += flops_on(inner[0], touched) if called else _of(eqn)
+            reached.update(eqn.outvars)
+    return total
+
+
 _MOVES = frozenset("broadcast_in_dim reshape transpose squeeze slice concatenate convert_element_type copy copy_p pad rev iota".split())
 
 

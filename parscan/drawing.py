@@ -1,0 +1,121 @@
+"""Pictures of Jacobians, with matplotlib, which is imported when one is drawn."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from parscan.layout import Layout
+from parscan.structure import Structure
+
+MOST_DRAWN = 2**13  # coordinates up to which entries are drawn; of larger states, the blocks alone
+PIXELS = 512  # along the picture: entries that share one are one
+MOST_OUTLINED = 512  # blocks of a group up to which each gets an outline
+MOST_LABELS = 16  # along an axis
+COLOURS = ("#2a6f97", "#c8553d", "#588157", "#8e5572", "#b08900", "#3d405b")  # of groups, in turn
+
+
+def spy(structure: Structure, pattern: Any, names: tuple[Sequence[str], Sequence[str]], ax: Any = None) -> Any:
+    """Draws where a Jacobian may be non-zero, and its blocks, a colour for each group.
+
+    Args:
+        structure: of the Jacobian.
+        pattern: SciPy array (p, n), the leaves of both states raveled one after another; None if it is not known.
+        names: of the leaves of the state that enters the step, and of the one that leaves it.
+        ax: matplotlib Axes, or None for new ones.
+
+    Returns:
+        the Axes.
+
+    Raises:
+        ImportError: there is no matplotlib.
+    """
+    try:
+        from matplotlib import pyplot
+    except ImportError as error:
+        raise ImportError("`spy` draws with matplotlib, which is not installed: pip install matplotlib") from error
+    before, after = structure.before, structure.after
+    if ax is None:
+        _, ax = pyplot.subplots(figsize=(6.4, 6.4), layout="constrained")
+    drawn = pattern is not None and max(before.size, after.size) <= MOST_DRAWN
+    _draw_blocks(ax, structure, opacity=0.2 if drawn else 0.7)
+    if drawn:
+        _draw_entries(ax, *_places(structure, pattern), (after.size, before.size))
+    ax.set(xlim=(-0.5, before.size - 0.5), ylim=(after.size - 0.5, -0.5), aspect="equal")
+    ax.set_xticks(*_labels(before, names[0]), rotation=90, fontsize="small")
+    ax.set_yticks(*_labels(after, names[1]), fontsize="small")
+    ax.set(xlabel="the state that enters", ylabel="the state that leaves", title=title(structure))
+    ax.tick_params(length=2)
+    return ax
+
+
+def title(structure: Structure) -> str:
+    """The kind and the blocks in words."""
+    (side, count), *others = (structure.before if structure.before.size else structure.after).blocks.items()
+    if others:
+        listed = " and ".join(f"{count} × {side}" for side, count in ((side, count), *others))
+        return f"{structure.kind}: blocks, {listed} wide"
+    if side == 1:
+        return f"{structure.kind}: {count} coordinate{'s' if count != 1 else ''} apart"
+    return f"{structure.kind}: {count} block{'s' if count != 1 else ''} of {side}"
+
+
+def _draw_blocks(ax: Any, structure: Structure, opacity: float) -> None:
+    from matplotlib.collections import PatchCollection
+    from matplotlib.colors import to_rgba
+    from matplotlib.patches import Rectangle
+
+    row = column = 0
+    colours = itertools.cycle(COLOURS)
+    for before, after in zip(structure.before.groups, structure.after.groups, strict=True):
+        blocks, colour = max(before.blocks, after.blocks), next(colours)
+        if blocks <= MOST_OUTLINED:
+            places = ((column + i * before.side - 0.5, row + i * after.side - 0.5) for i in range(blocks))
+            patches = [Rectangle(place, before.side, after.side) for place in places]
+            ax.add_collection(PatchCollection(patches, facecolor=to_rgba(colour, opacity), edgecolor=colour, linewidth=1, zorder=1))
+        else:  # too narrow to be told apart
+            ax.plot([column - 0.5, column + before.size - 0.5], [row - 0.5, row + after.size - 0.5], color=colour, linewidth=2, zorder=1)
+        row, column = row + after.size, column + before.size
+
+
+def _draw_entries(ax: Any, rows: np.ndarray, columns: np.ndarray, shape: tuple[int, int]) -> None:
+    from matplotlib.colors import ListedColormap
+
+    height, width = (min(size, PIXELS) for size in shape)
+    image = np.zeros((height, width), np.uint8)
+    image[rows * height // shape[0], columns * width // shape[1]] = 1
+    colours = ListedColormap([(0, 0, 0, 0), (0.1, 0.1, 0.15, 0.85)])
+    ax.imshow(image, cmap=colours, vmin=0, vmax=1, interpolation="nearest", extent=(-0.5, shape[1] - 0.5, shape[0] - 0.5, -0.5), zorder=2)
+
+
+def _places(structure: Structure, pattern: Any) -> tuple[np.ndarray, np.ndarray]:
+    """Where the entries of a pattern stand in the order of the layouts; what is in no layout has no derivative, and is left out."""
+    found = []
+    for layout, entries in zip((structure.after, structure.before), pattern.nonzero(), strict=True):
+        order = layout.order()
+        places = np.full(sum(map(math.prod, layout.shapes)), -1)
+        places[order] = np.arange(len(order))
+        found.append(places[entries])
+    rows, columns = found
+    inside = (rows >= 0) & (columns >= 0)
+    return rows[inside], columns[inside]
+
+
+def _labels(layout: Layout, names: Sequence[str]) -> tuple[list[int], list[str]]:
+    """Places along an axis and the coordinates there: all of them, or where blocks begin, or some."""
+    starts = [0]
+    for group in layout.groups:
+        starts += [starts[-1] + (i + 1) * group.side for i in range(group.blocks)]
+    starts = starts[:-1] if layout.size and len(starts) > 4 and layout.size > MOST_LABELS else list(range(layout.size))
+    places, order = starts[:: -(-len(starts) // MOST_LABELS) or 1], layout.order()
+    bounds = list(itertools.accumulate((math.prod(shape) for shape in layout.shapes), initial=0))
+    found = []
+    for coordinate in order[places]:
+        leaf = next(i for i, past in enumerate(bounds[1:]) if coordinate < past)
+        index = np.unravel_index(coordinate - bounds[leaf], layout.shapes[leaf])
+        found.append(names[leaf] + (f"[{', '.join(map(str, index))}]" if layout.shapes[leaf] else ""))
+    return places, found

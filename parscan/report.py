@@ -1,0 +1,273 @@
+"""`Plan`: what was chosen for a chain, why, and what it costs, as plain fields, as a line, as a table and as a picture.
+
+What a plan costs to say is computed when somebody asks: plans are made at every trace of a scan, and few are read.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import textwrap
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple
+
+from parscan import costs, drawing, jaxprs
+from parscan.checks import is_inexact, named_leaves
+from parscan.claims import Claim
+from parscan.costs import STAGES, Step
+from parscan.jaxprs import Program
+from parscan.methods import Method
+from parscan.proof import Derivative, derivative
+from parscan.structure import Structure
+
+WIDTH = 100  # columns of a terminal
+WIDE = 32  # side of a dense block from which on it is said what would make it cheaper
+MOST_WHY = 6  # sentences of `why` that a table shows
+
+
+class Given(NamedTuple):
+    """What a plan was made from.
+
+    steps, structures: of the chain, `structures` being None if it is left to JAX. claim: of the structure, if there is one. names: of the
+    floating-point leaves of the states before, between and after the steps, as the user writes them, if they are known.
+    """
+
+    steps: tuple[Step, ...]
+    structures: tuple[Structure, ...] | None
+    claim: Claim | None = None
+    names: tuple[tuple[str, ...], ...] | None = None
+
+
+@dataclass(frozen=True, repr=False)
+class Plan:
+    """What was chosen for a chain, why, and what its backward pass costs. `print` shows it as a table.
+
+    Attributes:
+        kind: name of the Jacobians' kind, such as `"Dense"`, `"BlockDiagonal"`, `"Diagonal"`, or `"none"` where there are none.
+        blocks: from block size to how many; the widest where layers change the width.
+        method: the method, its sizes chosen.
+        reason: why, in words.
+        length: number of steps, or of layers.
+        runs: how many layers in each run of equal neighbours, which are batched; `(length,)` for a recurrence.
+        stretches: the plans of stretches of a network that are crossed by different methods. Then `kind`, `blocks`, `method` are those of
+            the longest, the costs are sums.
+
+    Example:
+        >>> parscan.plan(f, init, xs, method="walk").length == len(xs)
+        True
+        >>> parscan.plan(f, init, xs, method="tree")
+        Plan(Diagonal, {1: 4}, Tree(), length 16)
+    """
+
+    kind: str
+    blocks: dict[int, int]
+    method: Method
+    reason: str
+    length: int
+    runs: tuple[int, ...] = ()
+    stretches: tuple[Plan, ...] = ()
+    _given: Given | None = field(default=None, compare=False)
+
+    def __hash__(self) -> int:
+        return hash((self.kind, tuple(self.blocks.items()), self.method, self.reason, self.length, self.runs))
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy, or a pickle, keeps what the plan says, but not the programs that it says it of."""
+        return {**self.__dict__, "_costs": self._costs, "why": self.why, "_given": None}
+
+    # --- what it costs, computed when asked for -----------------------------------------------------------------------------
+
+    @functools.cached_property
+    def _costs(self) -> tuple[int, dict[str, int], dict[str, int]]:
+        if self.stretches:
+            return costs.summed([plan._costs for plan in self.stretches])
+        return (costs.Costs() if self._given is None else costs.costs(self._given.steps, self._given.structures, self.method)).plain()
+
+    @property
+    def depth(self) -> int:
+        """Operations that must follow one another: vectors pushed through steps, products, products with a vector; stacked ones count as one."""
+        return self._costs[0]
+
+    @property
+    def flops(self) -> dict[str, int]:
+        """Floating-point operations of the cotangents of all states: of `"forming"` Jacobians, of their products (`"up-sweep"`), of the vectors
+        (`"down-sweep"`), their `"total"`, and those of a `"sequential"` pass."""
+        return dict(self._costs[1])
+
+    @property
+    def bytes(self) -> dict[str, int]:
+        """Bytes of what these stages make: the Jacobians held at once, all their products, the cotangents."""
+        return dict(self._costs[2])
+
+    def levels(self) -> list[tuple[int, str, int]]:
+        """What the maps of a tree over equal steps are: (level, kind, bytes of one map) for every level, 0 being the steps' own Jacobians.
+
+        Of a chunked method, the maps of its chunks. A kind that grows under products is seen to fill in here.
+
+        Raises:
+            ValueError: the chain has several runs of layers, or no Jacobians.
+
+        Example:
+            >>> parscan.plan(f, init, xs, method="tree").levels()[0]
+            (0, 'Diagonal', 16)
+        """
+        if len(self.runs) != 1 or self._given is None or self._given.structures is None:
+            raise ValueError(f"`levels` is for the Jacobians of one run of equal steps; this is {self!r}: {self.reason}.")
+        return costs.levels(self._given.structures[0], self.method, self.length)
+
+    # --- why ------------------------------------------------------------------------------------------------------------------
+
+    @functools.cached_property
+    def why(self) -> tuple[str, ...]:
+        """Why the Jacobians have this structure: which equation mixes what, in words; what would have to change for a wide dense block to be cheaper."""
+        if self.stretches:
+            return tuple(dict.fromkeys(said for plan in self.stretches for said in plan.why))
+        if self._given is None or self._given.structures is None:
+            return ()
+        if self._given.claim is not None:
+            return (f"claimed: structure={self._given.claim!r}, taken at its word",)
+        said = tuple(dict.fromkeys(sentence for r in range(len(self._given.steps)) for sentence in _sentences(self._given, r)))
+        return (*said, *_advice(self.kind, self.blocks))
+
+    def named(self, states: Sequence[Any], base: str) -> Plan:
+        """The same plan, which calls the leaves of the state by their names.
+
+        Args:
+            states: pytrees, the states before, between and after the runs of layers; for a recurrence the one before and the one after.
+            base: what the user's function calls the state.
+        """
+        names = [tuple(name for name, leaf in named_leaves(base, state) if is_inexact(leaf)) for state in states]
+        if not self.stretches:
+            return self._with_names(names)
+        ends = list(itertools.accumulate((len(plan.runs) for plan in self.stretches), initial=0))
+        some = (plan._with_names(names[lo : hi + 1]) for plan, (lo, hi) in zip(self.stretches, itertools.pairwise(ends), strict=True))
+        return replace(self, stretches=tuple(some))
+
+    def _with_names(self, names: Sequence[tuple[str, ...]]) -> Plan:
+        return self if self._given is None else replace(self, _given=self._given._replace(names=tuple(names)))
+
+    # --- a line, a table, a picture -----------------------------------------------------------------------------------------
+
+    def __repr__(self) -> str:
+        several = f", in {len(self.stretches)} stretches" if self.stretches else ""
+        return f"Plan({self.kind}, {self.blocks}, {self.method}, length {self.length}{several})"
+
+    def __str__(self) -> str:
+        return "\n".join(_lines(self))
+
+    def spy(self, ax: Any = None) -> Any:
+        """Draws where one step's Jacobian may be non-zero, its coordinates in the order of the blocks, and the blocks.
+
+        Of layers that differ, those of the longest run; of stretches, of the longest. Needs matplotlib.
+
+        Args:
+            ax: matplotlib Axes to draw on; new ones if not given.
+
+        Returns:
+            the Axes.
+
+        Raises:
+            ValueError: no Jacobians are formed. ImportError: there is no matplotlib.
+
+        Example:
+            >>> parscan.plan(f, init, xs, method="tree").spy().get_title()
+            'Diagonal: 4 coordinates apart'
+        """
+        if self.stretches:
+            return max(self.stretches, key=lambda plan: (plan.method.is_parallel, plan.length)).spy(ax)
+        given = self._given
+        if given is None or given.structures is None:
+            raise ValueError(f"There is no Jacobian to draw in {self!r}: {self.reason}.")
+        r = max(range(len(given.steps)), key=lambda r: given.steps[r].count)
+        structure = given.structures[r]
+        ends = [[name.strip("`") for name in _names(given, r + i, len(layout.shapes))] for i, layout in enumerate((structure.before, structure.after))]
+        return drawing.spy(structure, derivative(given.steps[r].program).pattern, (ends[0], ends[1]), ax)
+
+
+# --- why: in words --------------------------------------------------------------------------------------------------------
+
+
+def _mixings(program: Program) -> list[Any]:
+    """The equations of a step's derivative that mix entries along an axis. Of this very program: an equal one may stand elsewhere in the user's files."""
+    own = Derivative(program)
+    return getattr(jaxprs, "mixings", lambda closed, tangents: [])(own.closed, own.tangents)
+
+
+def _sentences(given: Given, r: int) -> Iterator[str]:
+    """What mixes what in step r."""
+    assert given.structures is not None
+    layout, names = given.structures[r].before, _names(given, r, len(given.structures[r].before.shapes))
+    mixed: dict[tuple[str, int], list[int]] = {}
+    for one in _mixings(given.steps[r].program):
+        if layout.shapes[one.leaf][one.axis] > 1:
+            mixed.setdefault((one.eqn, one.leaf), []).append(one.axis)
+    for (eqn, leaf), axes in mixed.items():
+        yield f"{eqn} mixes {_listed([_axis(axis, len(layout.shapes[leaf])) for axis in axes])} of {names[leaf]}"
+    if not mixed and max(layout.blocks, default=0) <= 1:
+        yield "no equation mixes coordinates"
+    elif not mixed and len(names) > 1:
+        yield f"no equation mixes entries along an axis, but {_listed(names)} depend on one another"
+
+
+def _names(given: Given, state: int, count: int) -> tuple[str, ...]:
+    """How sentences call the floating-point leaves of a state."""
+    if given.names is not None:
+        return tuple(f"`{name}`" for name in given.names[state])
+    return ("the state",) if count == 1 else tuple(f"leaf {i} of the state" for i in range(count))
+
+
+def _axis(axis: int, rank: int) -> str:
+    return "the only axis" if rank == 1 else "the last axis" if axis == rank - 1 else f"axis {axis}"
+
+
+def _listed(words: Sequence[str]) -> str:
+    return " and ".join((", ".join(words[:-1]), words[-1])) if len(words) > 1 else words[0]
+
+
+def _advice(kind: str, blocks: dict[int, int]) -> Iterator[str]:
+    """What in the layer would have to change for a wide dense block to be structured."""
+    wide = max(blocks, default=0)
+    if kind in ("Dense", "BlockDiagonal") and wide >= WIDE:
+        yield (
+            f"a block of {wide} is dense since all its coordinates meet there; heads or groups (a block-diagonal weight), an elementwise recurrence "
+            "(a * h in the place of h @ W) or a weight that is diagonal plus low rank would make it cheaper"
+        )
+
+
+# --- a table --------------------------------------------------------------------------------------------------------------
+
+
+def _lines(plan: Plan) -> Iterator[str]:
+    yield from _entry("method", f"{plan.method}, length {plan.length}")
+    if not plan.stretches:
+        yield from _entry("reason", plan.reason)
+    for i, one in enumerate(plan.stretches):
+        yield from _entry(f"stretch {i}", f"{one.length} layers by {one.method}, {_structure(one)}: {one.reason}")
+    yield from _entry("structure", _structure(plan))
+    for i, said in enumerate(plan.why[:MOST_WHY]):
+        yield from _entry("why" if i == 0 else "", said)
+    if len(plan.why) > MOST_WHY:
+        yield from _entry("", f"… and {len(plan.why) - MOST_WHY} more, see `why`")
+    yield from _entry("depth", f"{plan.depth} operations one after another; {plan.length} steps")
+    yield f"{'':12}{'FLOPs':>10}{'bytes':>12}"
+    for stage in (*STAGES, "total", "sequential"):
+        yield f"{stage:12}{_human(plan.flops[stage]):>10}{_human(plan.bytes[stage]) + 'B':>12}"
+
+
+def _entry(label: str, text: str) -> list[str]:
+    return textwrap.wrap(text, WIDTH, initial_indent=f"{label:12}", subsequent_indent=" " * 12, break_on_hyphens=False)
+
+
+def _structure(plan: Plan) -> str:
+    found = ", ".join(f"{count} block{'s' if count != 1 else ''} of {size}" for size, count in plan.blocks.items())
+    return f"{plan.kind}, {found}" if found else f"kind {plan.kind}"
+
+
+def _human(number: int) -> str:
+    """Three digits and a unit."""
+    value, units = float(number), iter("kMGTPE")
+    unit = ""
+    while value >= 999.5:
+        value, unit = value / 1000, next(units)
+    return f"{value:.0f} {unit}" if value >= 100 or not unit else f"{value:.3g} {unit}"
