@@ -16,7 +16,7 @@ Public names: `scan`, `chain`, `forward`, `parallel_backward`, `linear_scan`, `p
 from parscan.backward import Gradients, parallel_backward
 from parscan.chains import chain, forward
 from parscan.claims import Band, Blocks
-from parscan.jacobians import BlockDiagonal, Dense, Diagonal, DirectSum, Identity, Permutation
+from parscan.jacobians import Banded, BlockDiagonal, Dense, Diagonal, DirectSum, Identity, Kronecker, LowRank, Pattern, Permutation, Sparse
 from parscan.linear import linear_scan
 from parscan.methods import Associative, Chunked, Lax, Method, Sequential, Tree, Walk
 from parscan.plans import plan
@@ -28,6 +28,7 @@ __version__ = "0.1.0"
 __all__ = [
     "Associative",
     "Band",
+    "Banded",
     "BlockDiagonal",
     "Blocks",
     "Chunked",
@@ -36,11 +37,15 @@ __all__ = [
     "DirectSum",
     "Gradients",
     "Identity",
+    "Kronecker",
     "Lax",
+    "LowRank",
     "Method",
+    "Pattern",
     "Permutation",
     "Plan",
     "Sequential",
+    "Sparse",
     "Tree",
     "Walk",
     "chain",

@@ -277,7 +277,11 @@ def _whole_numbers(value: Any) -> np.ndarray | None:
     """The value of an array of integers or booleans that is at hand, and not too large to be compared."""
     if isinstance(value, Tracer) or not isinstance(value, (np.ndarray, jax.Array)) or value.size > MOST_KNOWN:
         return None
-    return np.asarray(value) if value.dtype == bool or np.issubdtype(value.dtype, np.integer) else None
+    return np.asarray(value) if _is_whole(value.dtype) else None
+
+
+def _is_whole(dtype: Any) -> bool:
+    return jax.dtypes.issubdtype(dtype, np.integer) or jax.dtypes.issubdtype(dtype, np.bool_)
 
 
 _INDEXED = {"gather": (1, 2), "dynamic_slice": (1, None), "dynamic_update_slice": (2, None)} | dict.fromkeys(
@@ -296,7 +300,7 @@ def _indexing(jaxpr: AnyJaxpr, candidates: Iterable[int], carry: Iterable[int]) 
             moving.update(eqn.outvars)
             lo, hi = _INDEXED.get(eqn.primitive.name, (0, 0))
             found.update(*(makes.get(a, ()) for a in ins[lo:hi]))
-        elif all(np.issubdtype(getattr(v.aval, "dtype", object), np.integer) or v.aval.dtype == bool for v in eqn.outvars):
+        elif all(_is_whole(getattr(v.aval, "dtype", object)) for v in eqn.outvars):
             made = set().union(*(makes.get(a, ()) for a in ins))
             makes.update((v, made) for v in eqn.outvars if made)
         for inner in sub_jaxprs(list(eqn.params.values())):
