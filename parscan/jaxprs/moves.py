@@ -179,7 +179,7 @@ def is_known(value: Any) -> bool:
 
 
 def _is_computed(dtype: Any, size: int) -> bool:
-    return (jax.dtypes.issubdtype(dtype, np.integer) or jax.dtypes.issubdtype(dtype, np.bool_)) and size <= LARGEST
+    return isinstance(dtype, np.dtype) and dtype.kind in "iub" and size <= LARGEST
 
 
 def computed(eqn: Any, arrays: Arrays) -> list[np.ndarray] | None:

@@ -232,4 +232,7 @@ def reachability(graph: Graph, tangents: int, outputs: Nodes, limit: int) -> Any
     place = np.zeros(count, np.int64)
     place[np.concatenate(finished)[1:]] = np.arange(1, sum(map(len, finished)))
     every: Any = scipy.sparse.vstack(done, format="csr")
-    return every[np.where(outputs != 0, place[label[outputs]], 0)]
+    chosen = np.where(outputs != 0, place[label[outputs]], 0)
+    if np.diff(every.indptr)[chosen].sum() > limit:
+        raise GivenUp
+    return every[chosen]
