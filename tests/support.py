@@ -187,11 +187,11 @@ def long_loops(jaxpr: Any, longest: int) -> list[tuple[int, tuple]]:
 
 
 def derivative_of(step: Any, state: Any) -> tuple[Any, range]:
-    """The derivative of `step` in its state, as it is taken of a program: inputs are tangents, what it closes over, state; and which are tangents."""
+    """The derivative of `step` in its state, as it is taken of a program: its inputs are tangents, then the state; and which are tangents."""
     program, consts, _ = trace(lambda _, state, x: step(state), Flat.of(()), Flat.of(state), Flat.of(()))
     leaves = jax.tree.leaves(state)
 
-    def derivative(tangents, consts, leaves):
+    def derivative(tangents, leaves):
         return jax.jvp(lambda some: program(consts, some, [])[0], (leaves,), (tangents,))[1]
 
-    return jax.make_jaxpr(derivative)(leaves, consts, leaves), range(len(leaves))
+    return jax.make_jaxpr(derivative)(leaves, leaves), range(len(leaves))

@@ -108,10 +108,12 @@ class Flow(ABC, Generic[Fact]):
         return [*carry, *(self.moved(eqn, y, lambda d: 0 if d == loop else d if d < 0 else d + 1) for y in body(carry)[num_carry:])]
 
     def _while(self, eqn: Any, ins: list[Fact], loops: int) -> list[Fact]:
+        """A batched predicate has the first dimensions of every carry, and each index along them goes on for as long as it says."""
         num_cond, num_body = eqn.params["cond_nconsts"], eqn.params["body_nconsts"]
         consts = ins[num_cond : num_cond + num_body]
         carry = self._fixed_point(eqn, ins[num_cond + num_body :], lambda c: self.evaluate(eqn.params["body_jaxpr"], [*consts, *c], loops))
-        return self._decided(eqn, carry, self.evaluate(eqn.params["cond_jaxpr"], [*ins[:num_cond], *carry], loops))
+        (going_on,) = self.evaluate(eqn.params["cond_jaxpr"], [*ins[:num_cond], *carry], loops)
+        return [self.join(eqn, [c, going_on]) for c in carry]
 
     def _linear_solve(self, eqn: Any, ins: list[Fact], loops: int) -> list[Fact]:
         """x with A x = b: a polynomial in A applied to b, so what b has and A keeps, x has."""

@@ -15,7 +15,7 @@ out[k] by the same linear map for all k. For a leaf of which no axis is that dim
 lost stays lost. Along every other dimension of the output it may vary, unless it holds copies there.
 
 Loops: a carry may differ from trip to trip, and so may all rows that are computed from it. How many trips there are, or which branch is taken,
-is decided by a scalar, for all indices alike. A dimension of size 1 has one index: nothing varies along it.
+is decided by a scalar, for all indices alike; or, in a loop that was batched, index by index. A dimension of size 1 has one index: nothing varies along it.
 """
 
 from __future__ import annotations
@@ -39,19 +39,14 @@ def variation(jaxpr: AnyJaxpr, tangents: Sequence[int]) -> list[frozenset[int]]:
         jaxpr: closed jaxpr, linear in the inputs numbered `tangents`.
         tangents: positions of the tangent leaves among the inputs.
     """
-    flow, invars = _Variation(), open_jaxpr(jaxpr).invars
-    inputs = [frozenset() if i in set(tangents) else flow.trimmed(flow.unknown(v.aval), _shape(v)) for i, v in enumerate(invars)]
-    outs = flow.evaluate(jaxpr, inputs)
-    return [flow.trimmed(out, _shape(v)) for out, v in zip(outs, open_jaxpr(jaxpr).outvars, strict=True)]
-
-
-def _shape(atom: Any) -> tuple[int, ...]:
-    return getattr(atom.aval, "shape", ())
+    flow = _Variation()
+    inputs = [frozenset() if i in set(tangents) else flow.unknown(v.aval) for i, v in enumerate(open_jaxpr(jaxpr).invars)]
+    return flow.evaluate(jaxpr, inputs)
 
 
 class _Variation(Flow[_Dims]):
     def unknown(self, aval: Any) -> _Dims:
-        return frozenset(range(len(getattr(aval, "shape", ()))))
+        return frozenset(d for d, size in enumerate(getattr(aval, "shape", ())) if size != 1)
 
     def join(self, eqn: Any, facts: Sequence[_Dims]) -> _Dims:
         return frozenset().union(*facts)
@@ -63,9 +58,6 @@ class _Variation(Flow[_Dims]):
         places, copied, uneven = axes(eqn)
         even = copied.union(*(place.values() for place in places)) - uneven
         return [out | (self.unknown(v.aval) - even) for out, v in zip(super().through(eqn, ins), eqn.outvars, strict=True)]
-
-    def trimmed(self, fact: _Dims, shape: tuple[int, ...]) -> _Dims:
-        return frozenset(d for d in fact if d < 0 or shape[d] != 1)
 
     def in_trip(self, fact: _Dims, loop: int) -> _Dims:
         return fact | {loop}
