@@ -13,6 +13,7 @@ Public names: `scan`, `chain`, `forward`, `parallel_backward`, `linear_scan`, `p
 `Tree`, `Chunked`; the claim `Blocks`; the Jacobian kinds `Dense`, `Diagonal`, `BlockDiagonal`; the results `Gradients`, `Plan`.
 """
 
+from parscan import testing
 from parscan.backward import Gradients, parallel_backward
 from parscan.chains import chain, forward
 from parscan.claims import Band, Blocks
@@ -54,4 +55,5 @@ __all__ = [
     "parallel_backward",
     "plan",
     "scan",
+    "testing",
 ]

@@ -14,6 +14,7 @@ from jax import Array, lax
 from parscan import checks, system
 from parscan.chains import Layers
 from parscan.claims import parse_structure
+from parscan.debug import Watch, check_runs
 from parscan.jaxprs import is_batchable, jit_unless_staged
 from parscan.methods import Lax, Method, Sequential, parse_method
 from parscan.network import Link, Network, is_sequence, like_sequence, read_sequence, read_stacked, stack
@@ -83,6 +84,7 @@ def parallel_backward(
     params_axes: Any = 0,
     method: Method | str = "auto",
     structure: Any = "auto",
+    debug: bool = False,
 ) -> Gradients:
     """The gradient of every layer of a chain h_i = layer_i(θ_i, h_{i-1}), from stored activations, in logarithmic depth.
 
@@ -100,7 +102,8 @@ def parallel_backward(
         params_axes: prefix of `params`: 0 for stacked, None for shared by all layers. Not for a sequence of layers.
         method: `"auto"`, `Lax`, `Sequential`, `Walk`, `Associative`, `Tree`, `Chunked`, as values or lower-case names. Where layers change the
             width, `Associative` takes the order of `Tree`.
-        structure: `"auto"`, or a claim taken at its word: `"dense"`, `"diagonal"`, `Blocks(...)`.
+        structure: `"auto"`, or a claim taken at its word: `"dense"`, `"diagonal"`, `Blocks(...)`, `Band(...)`.
+        debug: as for `scan`.
 
     Returns:
         `Gradients` with `params`, `activations`, `input` and `plan`. A layer that cannot be differentiated in parallel (a custom VJP, a
@@ -134,7 +137,7 @@ def parallel_backward(
     plan, stretches = plan_chain(network.steps, parsed, claim, fallback=Sequential())
     if not stretches:
         return Gradients(like_sequence(params, []), network.as_activations(_scattered(network.start, cotangents.start), []), plan, False)
-    return _gradients(network, states, cotangents, plan, stretches)
+    return _gradients(network, states, cotangents, plan, stretches, Watch("layer", claim) if debug else None)
 
 
 # --- reading what is given ------------------------------------------------------------------------------------------------
@@ -308,8 +311,8 @@ class Backward:
         return all(part.recurrence.is_portable for part in self.parts)
 
 
-def _gradients(network: Network, states: list[list[Any]], cotangents: _Cotangents, plan: Plan, stretches: list[Stretch]) -> Gradients:
-    spec = Backward(tuple(_part(network, stretch) for stretch in stretches))
+def _gradients(network: Network, states: list[list[Any]], cotangents: _Cotangents, plan: Plan, stretches: list[Stretch], watch: Watch | None) -> Gradients:
+    spec = Backward(tuple(_part(network, stretch, watch) for stretch in stretches))
     consts, xs = [link.consts for link in network.links], [link.xs for link in network.links]
     to_consts, to_xs, start, leaving = _compiled(spec, consts, xs, states, (cotangents.start, cotangents.leaving))
     shared = [_scattered(link.consts[link.closed_over :], some) for link, some in zip(network.links, to_consts, strict=True)]
@@ -323,11 +326,11 @@ def _states_after(link: Link) -> list[jax.ShapeDtypeStruct]:
     return [jax.ShapeDtypeStruct((link.step.count, *a.shape), a.dtype) for a in link.step.program.out_avals[0]]
 
 
-def _part(network: Network, stretch: Stretch) -> Part:
+def _part(network: Network, stretch: Stretch, watch: Watch | None) -> Part:
     links = network.links[stretch.lo : stretch.hi]
     closed_over = tuple(link.closed_over for link in links)
     if stretch.structures is not None and not isinstance(stretch.plan.method, Lax):
-        return Part(network.recurrence(stretch, stretch.structures, stretch.plan.method), closed_over, False, True)
+        return Part(network.recurrence(stretch, stretch.structures, stretch.plan.method, watch), closed_over, False, True)
     by_jax = isinstance(stretch.plan.method, Lax) or not all(is_batchable(link.step.program) for link in links)
     dense = structures_of([(link.step.program, link.step.repeats) for link in links], "dense")
     return Part(network.recurrence(stretch, dense, Sequential()), closed_over, by_jax, False)
@@ -362,6 +365,7 @@ def _linearised(run: Run, consts: list, xs: list, states: list, closed_over: int
 
 
 def _by_system(part: Part, runs: list[system.Linearised], start: list, leaving: list[list]) -> tuple[list, list[system.RunUnknowns]]:
+    check_runs(runs, part.recurrence.debug)
     at = system.System(runs, part.recurrence.method)
     zero = system.zeros(at)
     right = system.Unknowns(start, [some._replace(states=given) for some, given in zip(zero.runs, leaving, strict=True)])

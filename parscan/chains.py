@@ -11,6 +11,7 @@ from jax import lax
 
 from parscan import checks
 from parscan.claims import Claim, parse_structure
+from parscan.debug import Watch
 from parscan.methods import Lax, Method, parse_method
 from parscan.network import Network, check_layers, is_sequence, read_sequence, read_stacked
 from parscan.planning import plan_chain
@@ -29,6 +30,7 @@ def forward(
     length: int | None = None,
     method: Method | str = "auto",
     structure: Any = "auto",
+    debug: bool = False,
 ) -> tuple[Any, Any]:
     """Runs a chain of layers and keeps every activation; differentiable, with the same parallel rule.
 
@@ -40,7 +42,7 @@ def forward(
         x: h_0, pytree of arrays.
         params_axes: prefix of `params`: 0 for stacked, None for shared by all layers. Not for a sequence.
         length: L, needed if all parameters are shared. Not for a sequence.
-        method, structure: as for `scan`.
+        method, structure, debug: as for `scan`.
 
     Returns:
         h_L, and the activations h_0 … h_L: stacked on a leading axis L + 1, or for a sequence of layers as a list.
@@ -60,7 +62,7 @@ def forward(
     """
     parsed, claim = parse_method(method), parse_structure(structure)
     network = read(layer, params, x, params_axes, length)
-    final, leaving = _run(network, parsed, claim, stored=True)
+    final, leaving = _run(network, parsed, claim, Watch("layer", claim) if debug else None, stored=True)
     start = [jnp.asarray(leaf) for leaf in network.start]
     return jax.tree.unflatten(network.trees()[-1], final), network.as_activations(start, leaving)
 
@@ -73,12 +75,13 @@ def chain(
     return_activations: bool = False,
     method: Method | str = "auto",
     structure: Any = "auto",
+    debug: bool = False,
 ) -> Callable[[Any, Any], Any]:
     """A chain of layers as one differentiable function `apply(params, x)`.
 
     Args:
         layer: (params_i, h) -> h, one for all layers, or a sequence of them; as for `forward`.
-        params_axes, length, method, structure: as for `forward`.
+        params_axes, length, method, structure, debug: as for `forward`.
         return_activations: give `(h_L, h_0 … h_L)` instead of h_L.
 
     Returns:
@@ -100,9 +103,9 @@ def chain(
 
     def apply(params: Any, x: Any) -> Any:
         if return_activations:
-            return forward(layer, params, x, params_axes=params_axes, length=length, method=method, structure=structure)
+            return forward(layer, params, x, params_axes=params_axes, length=length, method=method, structure=structure, debug=debug)
         network = read(layer, params, x, params_axes, length)
-        final, _ = _run(network, parsed, claim, stored=False)
+        final, _ = _run(network, parsed, claim, Watch("layer", claim) if debug else None, stored=False)
         return jax.tree.unflatten(network.trees()[-1], final)
 
     return apply
@@ -117,7 +120,7 @@ def read(layer: Layers, params: Any, x: Any, params_axes: Any, length: int | Non
     return read_sequence(layer, params, [x])
 
 
-def _run(network: Network, method: Method | None, claim: Claim | None, *, stored: bool) -> tuple[list, list[list]]:
+def _run(network: Network, method: Method | None, claim: Claim | None, watch: Watch | None, *, stored: bool) -> tuple[list, list[list]]:
     """h_L; and with `stored` what leaves every layer of each run (leading axis)."""
     h = [jnp.asarray(leaf) for leaf in network.start]
     leaving: list[list] = []
@@ -126,10 +129,11 @@ def _run(network: Network, method: Method | None, claim: Claim | None, *, stored
         links = network.links[stretch.lo : stretch.hi]
         consts, xs = [link.consts for link in links], [link.xs for link in links]
         by_jax = stretch.structures is None or isinstance(stretch.plan.method, Lax)
-        if stored and not by_jax:
-            h, _, entering = run_recurrence_stored(network.recurrence(stretch, stretch.structures, stretch.plan.method), consts, h, xs)
-        elif not by_jax:
-            h, _ = run_recurrence(network.recurrence(stretch, stretch.structures, stretch.plan.method), consts, h, xs)
+        spec = None if by_jax else network.recurrence(stretch, stretch.structures, stretch.plan.method, watch)
+        if spec is not None and stored:
+            h, _, entering = run_recurrence_stored(spec, consts, h, xs)
+        elif spec is not None:
+            h, _ = run_recurrence(spec, consts, h, xs)
             continue
         else:
             entering = []

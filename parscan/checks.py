@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from numbers import Integral
 from typing import Any
 
@@ -59,6 +61,16 @@ def describe(leaf: Any) -> str:
 def named_leaves(name: str, tree: Tree) -> list[tuple[str, Any]]:
     """Every leaf with its path as a user would write it: `params['w']`, `h[0]`."""
     return [(name + jax.tree_util.keystr(path), leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(tree)]
+
+
+def coordinate(names: Sequence[str], shapes: Sequence[tuple[int, ...]], index: int) -> str:
+    """One entry of a pytree's leaves, raveled one after another, as a user would write it: `h['c'][3, 1]`."""
+    for name, shape in zip(names, shapes, strict=True):
+        size = math.prod(shape)
+        if index < size:
+            return name + (f"[{', '.join(str(i) for i in np.unravel_index(index, shape))}]" if shape else "")
+        index -= size
+    raise IndexError(index)
 
 
 def not_arrays(named: list[tuple[str, Any]]) -> str:

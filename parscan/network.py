@@ -17,6 +17,7 @@ from jax.core import Tracer
 
 from parscan import checks
 from parscan.costs import Step
+from parscan.debug import Watch, names_of
 from parscan.jaxprs import Flat, Program, slice_spec, trace
 from parscan.methods import Method
 from parscan.planning import Stretch
@@ -120,11 +121,16 @@ class Network:
                 found[i] = total
         return found
 
-    def recurrence(self, stretch: Stretch, structures: Sequence[Structure] | None, method: Method) -> Recurrence:
-        """A stretch as what is compiled, with Jacobians of these structures."""
+    def recurrence(self, stretch: Stretch, structures: Sequence[Structure] | None, method: Method, watch: Watch | None = None) -> Recurrence:
+        """A stretch as what is compiled, with Jacobians of these structures; checked if there is a `watch`."""
         assert structures is not None
-        steps = [link.step for link in self.links[stretch.lo : stretch.hi]]
-        return Recurrence(tuple(Run(step.program, one, step.count, step.repeats) for step, one in zip(steps, structures, strict=True)), method)
+        links = self.links[stretch.lo : stretch.hi]
+        runs = tuple(Run(link.step.program, one, link.step.count, link.step.repeats) for link, one in zip(links, structures, strict=True))
+        return Recurrence(runs, method, debug=() if watch is None else tuple(self._watched(watch, link) for link in links))
+
+    @staticmethod
+    def _watched(watch: Watch, link: Link) -> Watch:
+        return replace(watch, first=link.lo, leaves=names_of("h", jax.tree.unflatten(link.tree, link.step.program.out_avals[0])))
 
 
 def _prepended(start: Any, rest: Any) -> Any:

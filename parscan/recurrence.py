@@ -13,6 +13,7 @@ from jax import Array, lax
 from jax.custom_derivatives import SymbolicZero, zero_from_primal
 
 from parscan import checks, prefix, system
+from parscan.debug import Watch, check_runs
 from parscan.jaxprs import Program, jit_unless_staged
 from parscan.methods import Method
 from parscan.proof import active_leaves
@@ -35,12 +36,16 @@ class Run:
 
 @dataclass(frozen=True)
 class Recurrence:
-    """All that is static about a scan, or about a stretch of a network: what `jax.jit` compiles once for."""
+    """All that is static about a scan, or about a stretch of a network: what `jax.jit` compiles once for.
+
+    debug: for every run, how errors speak of it, if Jacobians are to be checked while they are formed.
+    """
 
     runs: tuple[Run, ...]
     method: Method
     reverse: bool = False
     unroll: int = 1
+    debug: tuple[Watch, ...] = ()
 
     @property
     def is_portable(self) -> bool:
@@ -145,6 +150,7 @@ def _derivative(spec: Recurrence, stored: Callable, primals: tuple, tangents: tu
         emitting = tuple(i for i in emitting if run.program.forwarded[i] is None)
         runs.append(system.Linearised(run.program, run.structure, c, x, states, of_consts, old, of_xs, emitting, run.count))
         active.append(new)
+    check_runs(runs, spec.debug)
     at = system.System(runs, spec.method, spec.reverse)
     zero = system.zeros(at)
     given = [

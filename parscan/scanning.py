@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from parscan.claims import Claim, parse_structure
+from parscan.debug import Watch, names_of
 from parscan.jaxprs import Flat, Program, slice_spec, trace
 from parscan.methods import Lax, Method, parse_method
 from parscan.planning import plan_for
@@ -41,7 +42,7 @@ class Traced:
 
 
 def traced_scan(
-    f: Callable, init: Any, xs: Any, length: int | None, reverse: bool, unroll: int | bool, method: Method | None, claim: Claim | None
+    f: Callable, init: Any, xs: Any, length: int | None, reverse: bool, unroll: int | bool, method: Method | None, claim: Claim | None, debug: bool = False
 ) -> Traced | None:
     """None where `lax.scan` would raise: let it, in its own words."""
     leaves, xs_tree = jax.tree.flatten(xs)
@@ -76,7 +77,8 @@ def traced_scan(
     spec = None
     if structure is not None and not isinstance(plan.method, Lax):
         unrolled = (max(count, 1) if unroll else 1) if isinstance(unroll, bool) else unroll
-        spec = Recurrence((Run(program, structure, count, True),), plan.method, bool(reverse), unrolled)
+        watches = (Watch("step", claim, leaves=names_of("carry", init)),) if debug else ()
+        spec = Recurrence((Run(program, structure, count, True),), plan.method, bool(reverse), unrolled, watches)
     return Traced(spec, plan, consts, flat, leaves, out_tree)
 
 
@@ -104,6 +106,7 @@ def scan(
     *,
     method: Method | str = "auto",
     structure: Any = "auto",
+    debug: bool = False,
 ) -> tuple[Carry, Y]:
     """`jax.lax.scan` with a parallel backward pass: same arguments, same results, same derivatives of every order.
 
@@ -120,14 +123,17 @@ def scan(
         unroll: passed on to the forward loop.
         _split_transpose: passed on where the scan is left to JAX.
         method: `"auto"` or how to travel: `Lax`, `Sequential`, `Walk`, `Associative`, `Tree`, `Chunked`, as values or lower-case names.
-        structure: `"auto"` proves which coordinates of the carry never mix; or a claim, taken at its word: `"dense"`, `"diagonal"`, `Blocks(...)`.
+        structure: `"auto"` proves which coordinates of the carry never mix; or a claim, taken at its word: `"dense"`, `"diagonal"`, `Blocks(...)`,
+            `Band(...)`. A wrong claim is a wrong gradient: `parscan.testing.check_structure` checks one.
+        debug: check at run time, wherever a derivative is taken in parallel, that the Jacobians formed are the derivatives of the steps; slow.
 
     Returns:
         the final carry, and the ys stacked on a leading axis L.
 
     Raises:
         ValueError: unknown method or structure; a claim that does not fit; a parallel method for an f that has none (the
-            equation is named). Everything that `lax.scan` raises, in its words.
+            equation is named). `parscan.testing.StructureError`, with `debug`: a structure that is wrong; out of a compiled program
+            JAX raises its own error with that message. Everything that `lax.scan` raises, in its words.
 
     Example:
         >>> def rnn(h, x):
@@ -138,7 +144,7 @@ def scan(
         (4,)
     """
     parsed, claim = parse_method(method), parse_structure(structure)
-    traced = None if isinstance(parsed, Lax) else traced_scan(f, init, xs, length, reverse, unroll, parsed, claim)
+    traced = None if isinstance(parsed, Lax) else traced_scan(f, init, xs, length, reverse, unroll, parsed, claim, bool(debug))
     if traced is None or traced.spec is None:
         return lax.scan(f, init, xs, length, reverse, unroll, _split_transpose)
     final, (ys,) = run_recurrence(traced.spec, [traced.consts], traced.init, [traced.xs])
