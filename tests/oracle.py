@@ -7,14 +7,13 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from programs import RandomProgram
 from scipy.sparse import coo_array, csgraph
 
 from parscan.jaxprs import Flat, Program, components, pattern, trace
 from parscan.jaxprs.program import equations
-from parscan.structure import layout_of
+from parscan.structure import structures_of
 
 LIMIT = 10**7
 
@@ -58,12 +57,10 @@ def prove(program: Program, values: Sequence[Any], closed_over: int) -> Proof:
     tangents = range(len(carry))
     found, labels = pattern(closed, tangents, known, LIMIT), components(closed, tangents, known, LIMIT)
     assert found is not None and labels is not None
-    layout = layout_of(program, None)
-    n = sum(aval.size for aval in carry)
-    numbers = jnp.split(jnp.arange(1.0, n + 1), np.cumsum([aval.size for aval in carry])[:-1])
-    vector = np.asarray(layout.to_vector([x.reshape(aval.shape) for x, aval in zip(numbers, carry, strict=True)])).astype(int)
-    used = np.zeros(n, int)
-    used[vector[vector > 0] - 1] = np.flatnonzero(vector > 0) // layout.width
+    layout = structures_of([(program, True)], None)[0].before
+    sides = [group.side for group in layout.groups for _ in range(group.blocks)]
+    used = np.zeros(sum(aval.size for aval in carry), int)
+    used[layout.order()] = np.repeat(np.arange(len(sides)), sides)
     return Proof(found.toarray(), joined(*labels), used, [eqn.primitive.name for eqn in equations(program.jaxpr)])
 
 
