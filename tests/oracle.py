@@ -100,6 +100,7 @@ class Tally:
         nonzero = shown(program, 6 if self.narrow else 2, 1, reverse="while" not in proof.primitives)
         new, old = np.nonzero(nonzero)
         violated = {
+            "labels": sizes(blocks_of(proof.pattern)) != sizes(proof.blocks),
             "pattern": not proof.pattern[new, old].all(),
             "blocks": not (proof.blocks[new] == proof.blocks[old]).all(),
             "layout": not (proof.layout[new] == proof.layout[old]).all(),

@@ -292,6 +292,13 @@ def test_an_unknown_primitive_mixes_everything():
     np.testing.assert_array_equal(found[:, 3:], np.eye(6)[:3])
 
 
+def test_nothing_depends_on_nothing():
+    closed = derivative(lambda state: [state[0], jnp.ones(2)], [np.zeros((0, 3))])
+    assert pattern(closed, [0], {}, LIMIT).shape == (2, 0)
+    tangents, outputs = components(closed, [0], {}, LIMIT)
+    assert tangents.shape == (0,) and len(set(outputs)) == 2
+
+
 def test_limits():
     closed, _ = proved(lambda h: (2.0 * h).sum(1) @ jnp.ones((3, 3)), [A])
     elements = 12 + 12 + 3 + 3  # the tangents, their doubles, the sums, the product

@@ -207,20 +207,17 @@ def reachability(graph: Graph, tangents: int, outputs: Nodes, limit: int) -> Any
     wanted[label[outputs[outputs != 0]]] = True
 
     rows: Any = _matrix(np.arange(tangents), np.arange(tangents), (tangents, tangents))
-    active = label[1 : tangents + 1]  # the nodes that `rows` belong to
-    done, finished, stored = [_matrix(active[:0], active[:0], (1, tangents))], [np.zeros(1, np.int64)], 0  # a row of nothing first
-    ready = active
-    while True:
-        finished.append(ready[wanted[ready]])
-        done.append(rows[np.flatnonzero(np.isin(active, finished[-1]))])
-        finished[-1] = active[np.isin(active, finished[-1])]
+    active = ready = label[1 : tangents + 1]  # the nodes that `rows` belong to, those that came last, at the end
+    done, finished, stored = [_matrix(active[:0], active[:0], (1, tangents))], [active[:0]], 0  # a row of nothing first
+    place = np.zeros(count, np.int64)
+    while ready.size:
+        last = np.flatnonzero(wanted[ready]) + len(active) - len(ready)
+        done.append(rows[last])
+        finished.append(active[last])
         stored += done[-1].nnz
         told = readers[ready].indices
         np.subtract.at(missing, told, 1)
         ready = np.unique(told[missing[told] == 0])
-        if not ready.size:
-            break
-        place = np.zeros(count, np.int64)
         place[active] = np.arange(len(active))
         some = reads[ready]
         new = scipy.sparse.csr_array((some.data, place[some.indices], some.indptr), shape=(len(ready), len(active))) @ rows
@@ -229,8 +226,7 @@ def reachability(graph: Graph, tangents: int, outputs: Nodes, limit: int) -> Any
         rows, active = scipy.sparse.vstack([rows[np.flatnonzero(kept)], new], format="csr"), np.concatenate([active[kept], ready])
         if rows.nnz + stored > limit:
             raise GivenUp
-    place = np.zeros(count, np.int64)
-    place[np.concatenate(finished)[1:]] = np.arange(1, sum(map(len, finished)))
+    place[np.concatenate(finished)] = np.arange(1, 1 + sum(map(len, finished)))
     every: Any = scipy.sparse.vstack(done, format="csr")
     chosen = np.where(outputs != 0, place[label[outputs]], 0)
     if np.diff(every.indptr)[chosen].sum() > limit:
