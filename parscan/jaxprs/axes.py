@@ -184,7 +184,7 @@ def _scatter(eqn: Any) -> Axes:
     windows = [d for d in range(len(operand)) if d not in numbers.inserted_window_dims and d not in batching]
     place = {u: d for d, u in zip(windows, numbers.update_window_dims, strict=True) if updates[u] == operand[d]}
     outer = [u for u in range(len(updates)) if u not in numbers.update_window_dims]
-    indices = dict(zip(getattr(numbers, "scatter_indices_batching_dims", ()), batching, strict=True))
+    indices: Place = dict(zip(getattr(numbers, "scatter_indices_batching_dims", ()), batching, strict=True))
     place |= {outer[s]: d for s, d in indices.items()}
     uneven = frozenset(range(len(operand))) - set(place.values())
     return Axes([{d: d for d in range(len(operand))}, indices, place], uneven=uneven)
@@ -222,7 +222,8 @@ def _conv(eqn: Any) -> Axes:
     lhs, rhs = numbers.lhs_spec, numbers.rhs_spec
     if params["batch_group_count"] != 1:
         return _unknown(eqn)
-    image, kernel = {lhs[0]: numbers.out_spec[0]}, {}
+    image: Place = {lhs[0]: numbers.out_spec[0]}
+    kernel: Place = {}
     for i, (a, b, out) in enumerate(zip(lhs[2:], rhs[2:], numbers.out_spec[2:], strict=True)):
         window = (eqn.invars[1].aval.shape[b], params["window_strides"][i], params["lhs_dilation"][i], *params["padding"][i])
         if window == (1, 1, 1, 0, 0):
