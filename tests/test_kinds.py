@@ -102,12 +102,7 @@ def matrix_of(one):
     if isinstance(one, DirectSum):
         return placed([matrix_of(part) for part in one.parts])
     if isinstance(one, Kronecker):
-        left, right = leaves[:2]
-        lead = np.broadcast_shapes(left.shape[:-2], right.shape[:-2])
-        left, right = (np.broadcast_to(x, (*lead, *x.shape[-2:])) for x in (left, right))
-        both = np.reshape(
-            [np.kron(a, b) for a, b in zip(left.reshape(-1, *left.shape[-2:]), right.reshape(-1, *right.shape[-2:]), strict=True)], (*lead, one.rows, one.size)
-        )
+        both = np.vectorize(np.kron, signature="(p,q),(r,s)->(t,u)")(*leaves[:2])
         row, column = (np.ones(1) if s is None else np.asarray(s) for s in (one.row_scale, one.column_scale))
         return row[..., :, None] * both * column[..., None, :]
     if isinstance(one, LowRank):
@@ -183,9 +178,9 @@ def test_products_are_of_the_kinds_in_the_table(row):
 def test_products_of_stacks_are_stacks_of_products():
     for second, first in itertools.product(GROWING, GROWING):
         a, b = make(second, (3,), seed=1), make(first, (3,), seed=2)
-        mapped, plain = jax.jit(jax.vmap(product))(a, b), jax.jit(product)(a, b)
+        (mapped, one_by_one), (plain, at_once) = (jax.jit(how(lambda a, b: (product(a, b), product(a, b).to_dense())))(a, b) for how in (jax.vmap, lambda f: f))
         assert type(mapped) is type(plain)
-        assert_close(mapped.to_dense(), plain.to_dense(), 1e-13)
+        assert_close(one_by_one, at_once, 1e-13)
 
 
 def test_rectangular_maps():
@@ -201,12 +196,14 @@ def test_rectangular_maps():
     ]
     for second, first in pairs:
         for one in (second, first):
-            assert_close(one.apply(jnp.arange(1.0, one.size + 1)), matrix_of(one) @ np.arange(1, one.size + 1), 1e-13)
-            assert_close(one.transpose().to_dense(), matrix_of(one).T, 1e-15)
-            assert np.all(rebuilt(*one.shifted(jnp.zeros(one.rows, jnp.int32))) == matrix_of(one)) or isinstance(one, LowRank)
-        got = product(second, first)
+            image, back = jax.jit(lambda one, v: (one.apply(v), one.transpose().to_dense()))(one, jnp.arange(1.0, one.size + 1))
+            assert_close(image, matrix_of(one) @ np.arange(1, one.size + 1), 1e-13)
+            assert_close(back, matrix_of(one).T, 1e-15)
+            (_, exponent, dense), _ = jax.device_get(scaled_twice(one, jnp.zeros(one.rows, jnp.int32)))
+            assert_close(np.asarray(dense * power(exponent), np.float64), matrix_of(one), 1e-15)
+        got, dense = jax.jit(lambda a, b: (product(a, b), product(a, b).to_dense()))(second, first)
         assert type(got) is type(second) and (got.rows, got.size) == (second.rows, first.size)
-        assert_close(got.to_dense(), matrix_of(second) @ matrix_of(first), 1e-14)
+        assert_close(dense, matrix_of(second) @ matrix_of(first), 1e-14)
 
 
 def test_a_bottleneck_that_nothing_passes_by_stays_one():
@@ -235,9 +232,12 @@ def test_kronecker_products_with_a_scale_in_between_are_dense():
     filled = [(plain, row), (column, plain), (column, row), (plain, Kronecker(jnp.ones((6, 6)), jnp.ones((4, 4))))]
     for pairs, kind in ((kept, Kronecker), (filled, Dense)):
         for second, first in pairs:
-            for got in (product(second, first), second.after(first)):
-                assert type(got) is kind
-                assert_close(got.to_dense(), matrix_of(second) @ matrix_of(first), 1e-14)
+            assert type(product(second, first)) is type(second.after(first)) is kind
+            (mantissa, exponent), (one_by_one, at_once) = jax.device_get(joined(second, first))
+            want = matrix_of(second) @ matrix_of(first)
+            assert_close(second.after(first).to_dense(), want, 1e-14)
+            assert_close(np.asarray(mantissa * power(exponent), np.float64), want, 1e-14)
+            assert_close(at_once, one_by_one, 1e-13)
 
 
 # --- where they fill in --------------------------------------------------------------------------------------------------
@@ -252,8 +252,8 @@ def grid(side, reach):
 SQUARED = """
 Banded   float32  Banded 768  Banded 1280  Banded 2304  Banded 4352  Banded 8448  Dense 16384  Dense 16384
 Banded   float64  Banded 1536  Banded 2560  Banded 4608  Banded 8704  Banded 16896  Dense 32768
-Sparse   float32  Sparse 2304  Sparse 5408  Sparse 13472  Dense 16384  Dense 16384
-Sparse   float64  Sparse 3456  Sparse 8112  Sparse 20208  Dense 32768
+Sparse   float32  Sparse 2304  Sparse 5408  Sparse 13792  Dense 16384  Dense 16384
+Sparse   float64  Sparse 3456  Sparse 8112  Sparse 20688  Dense 32768
 LowRank  float32  LowRank 320  LowRank 576  Dense 1024
 Bottleneck float32  LowRank 256  LowRank 256  LowRank 256
 Kronecker float32 Kronecker 128 Kronecker 128
@@ -322,7 +322,7 @@ def test_scaling_is_exact(name, lead):
     one, random, stack = make(name, lead), np.random.default_rng(3), (5,) if len(lead) < 2 else (2, 3)
     rows = separable(random, stack) if name in ("Kronecker", "Scaled") else jnp.asarray(random.integers(-300, 300, (*stack, N)), jnp.int32)
     rows = rows.at[..., -8:].set(7) if name == "DirectSum" else rows
-    (mantissa, exponent, dense), (moved, more, dense_moved) = scaled_twice(one, rows)
+    (mantissa, exponent, dense), (moved, more, dense_moved) = jax.device_get(scaled_twice(one, rows))
     assert jax.tree.structure(mantissa) == jax.tree.structure(moved) == jax.tree.structure(one)
     assert exponent.dtype == more.dtype == jnp.int32
     want = power(rows)[..., :, None] * np.asarray(dense, np.longdouble)
@@ -368,33 +368,39 @@ def steps_of(name, dtype, lead=(1,)):
 def test_joined_steps_stay_finite_where_their_products_do_not(name):
     steps, inner, ends = steps_of(name, "float32")
     assert all(np.isfinite(leaf).all() for step in steps for leaf in jax.tree.leaves(step.matrix))
-    then = jax.jit(affine.then)
-    a, b, c, d, e = steps
-    orders = [then(e, then(d, then(c, then(b, a)))), then(then(then(then(e, d), c), b), a), then(then(e, d), then(c, then(b, a)))]
-    for total in orders:
-        assert type(total.matrix) is type(steps[0].matrix)
-        entries = rebuilt(total.matrix, total.exponent)[0] / ends[-1][:, None].astype(np.longdouble) * ends[0] / np.longdouble(1e20)
-        assert_close(np.asarray(entries, np.float64), functools.reduce(lambda total, m: m @ total, inner)[0], 1e-4)
     v = jnp.asarray(1e-30 * ends[0], jnp.float32)[None]
-    for total in orders:
-        assert_close(affine.apply(total, v)[0] / ends[-1] * 1e10, functools.reduce(lambda v, m: m[0] @ v, inner, np.ones(N)), 1e-3)
+
+    @jax.jit
+    def every_order(a, b, c, d, e, v):
+        then = affine.then
+        orders = then(e, then(d, then(c, then(b, a)))), then(then(then(then(e, d), c), b), a), then(then(e, d), then(c, then(b, a)))
+        return [(total, total.matrix.to_dense(), affine.apply(total, v)) for total in orders]
+
+    for total, dense, image in every_order(*steps, v):
+        assert type(total.matrix) is type(steps[0].matrix)
+        entries = np.asarray(dense, np.longdouble)[0] * power(total.exponent) / ends[-1][:, None] * ends[0] / np.longdouble(1e20)
+        assert_close(np.asarray(entries, np.float64), functools.reduce(lambda total, m: m @ total, inner)[0], 1e-4)
+        assert_close(image[0] / ends[-1] * 1e10, functools.reduce(lambda v, m: m[0] @ v, inner, np.ones(N)), 1e-3)
 
 
 @pytest.mark.parametrize("name", ("Diagonal", "Permutation", *GROWING, "BlockDiagonal", "DirectSum"))
 def test_zeros_meet_no_infinity(name):
     """A coordinate that the first step drops, while all the others, and what follows, grow beyond the largest number."""
-    offset = jnp.zeros((1, N), jnp.float32)
+    grown, dropping = make(name, (1,), "float32", 1), make(name, (1,), "float32", 0)
+    dropping = jax.tree.map(lambda x: x.at[..., 0].set(0), dropping)
+    grown = jax.tree.map(lambda x: 1e18 * jnp.sign(x), grown)
 
-    def one(scale, seed):
-        matrix = jax.tree.map(lambda x: scale * jnp.sign(x), make(name, (1,), "float32", seed))
-        return matrix if seed else jax.tree.map(lambda x: x.at[..., 0].set(0), matrix)
+    @jax.jit
+    def crossed(dropping, grown, v):
+        offset = jnp.zeros((1, N), jnp.float32)
+        total = Affine(dropping, None, offset)
+        for _ in range(4):
+            total = affine.then(Affine(grown, None, offset), total)
+        return affine.apply(total, v)
 
-    total = Affine(one(1.0, 0), None, offset)
-    for _ in range(6):
-        total = affine.then(Affine(one(1e18, 1), None, offset), total)
-    dropped = np.flatnonzero((np.asarray(total.matrix.to_dense()) == 0).all((0, 1)))
+    dropped = np.flatnonzero((matrix_of(dropping) == 0).all((0, 1)))
     assert len(dropped)
-    image = affine.apply(total, jnp.zeros((1, N), jnp.float32).at[:, dropped].set(1e10))
+    image = crossed(dropping, grown, jnp.zeros((1, N), jnp.float32).at[:, dropped].set(1e10))
     np.testing.assert_array_equal(image, np.zeros((1, N)))
 
 
@@ -421,13 +427,12 @@ def joined(second, first):
 @pytest.mark.parametrize("second, first", list(itertools.product(("Dense", "Scaled", *GROWING), repeat=2)))
 def test_blocks_of_every_kind_join(second, first):
     """Blocks that do not shift freely, or are of two kinds, are matched before anything is scaled."""
-    a, b = (BlockDiagonal(make(name, (5, count), "float64", seed), (3,)) for seed, (name, count) in enumerate(((second, 3), (first, 1))))
     ones = Diagonal(jnp.ones(2))
-    for left, right in ((a, b), (DirectSum((a, ones)), DirectSum((b, ones)))):
-        (mantissa, exponent), (one_by_one, at_once) = joined(left, right)
-        want = matrix_of(left) @ matrix_of(right)
-        assert_close(np.asarray(mantissa * power(exponent)[..., None, :], np.float64), want, 1e-13)
-        assert_close(at_once, one_by_one, 1e-13)
+    left, right = (DirectSum((BlockDiagonal(make(name, (5, count), seed=count), (3,)), ones)) for name, count in ((second, 3), (first, 1)))
+    (mantissa, exponent), (one_by_one, at_once) = jax.device_get(joined(left, right))
+    want = matrix_of(left) @ matrix_of(right)
+    assert_close(np.asarray(mantissa * power(exponent)[..., None, :], np.float64), want, 1e-13)
+    assert_close(at_once, one_by_one, 1e-13)
 
 
 def test_banded_blocks_are_promoted_in_place():

@@ -41,7 +41,8 @@ class Banded(Jacobian):
 
     def apply(self, vector: Array) -> Array:
         images, upper = self.diagonals * vector[..., None, :], self.bandwidths[1]
-        return sum((_padded(images[..., k, :], -1, k - upper, upper - k) for k in range(1, images.shape[-2])), _padded(images[..., 0, :], -1, -upper, upper))
+        moved = [_padded(images[..., k, :], -1, k - upper, upper - k) for k in range(images.shape[-2])]
+        return sum(moved[1:], moved[0])
 
     def transpose(self) -> Banded:
         lower, upper = self.bandwidths

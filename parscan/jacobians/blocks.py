@@ -134,7 +134,7 @@ class DirectSum(Jacobian):
 
     def apply(self, vector: Array) -> Array:
         some = split(vector, [part.size for part in self.parts])
-        return jnp.concatenate([part.apply(v) for part, v in zip(self.parts, some, strict=True)], axis=-1)
+        return _beside([part.apply(v) for part, v in zip(self.parts, some, strict=True)])
 
     def transpose(self) -> DirectSum:
         return DirectSum(tuple(part.transpose() for part in self.parts))
@@ -202,6 +202,10 @@ def split(vector: Array, sizes: Sequence[int]) -> list[Array]:
 
 def _gathered(pairs: Sequence[tuple[Any, Array]]) -> tuple[DirectSum, Array]:
     """Mantissas side by side, and their exponents."""
-    lead = jnp.broadcast_shapes(*(exponent.shape[:-1] for _, exponent in pairs))
-    exponent = [jnp.broadcast_to(e, (*lead, e.shape[-1])) for _, e in pairs]
-    return DirectSum(tuple(mantissa for mantissa, _ in pairs)), jnp.concatenate(exponent, axis=-1)
+    return DirectSum(tuple(mantissa for mantissa, _ in pairs)), _beside([exponent for _, exponent in pairs])
+
+
+def _beside(vectors: Sequence[Array]) -> Array:
+    """One vector after another; leading axes broadcast."""
+    lead = jnp.broadcast_shapes(*(vector.shape[:-1] for vector in vectors))
+    return jnp.concatenate([jnp.broadcast_to(vector, (*lead, vector.shape[-1])) for vector in vectors], axis=-1)
