@@ -188,6 +188,9 @@ def _chosen(step: Step, structure: Structure, fallback: Method, platform: str) -
         if state <= CPU_STATE and blocks <= CPU_BLOCKS:
             return Walk(), f"{name} on a CPU: forming their Jacobians and walking them is cheaper than a loop of VJPs"
         return fallback, f"{name} on a CPU: the arithmetic of matrix products outweighs the loop's overhead"
+    if structure.kind in ("Identity", "Permutation") or (structure.same and state <= ACCELERATOR_STATE):
+        what = "all steps are one linear map, squared" if structure.same else "products of the Jacobians cost no more than they do"
+        return Tree(), f"{name} on {platform}: {what}"
     if state <= ACCELERATOR_STATE:
         return Chunked(), f"{name} on {platform}: the loop's latency outweighs the arithmetic of matrix products"
     return fallback, f"{name} on {platform}: too much arithmetic for matrix products to pay"
