@@ -86,6 +86,10 @@ def _constant(value: Any) -> Value:
     return Value(known=np.asarray(value)) if is_known(value) else NOTHING
 
 
+def _literal(atom: Any) -> Value:
+    return _constant(np.asarray(atom.val, atom.aval.dtype)) if isinstance(atom.aval.dtype, np.dtype) else NOTHING
+
+
 def _dependent(graph: Graph, nodes: Nodes) -> Value:
     if not nodes.any():
         return NOTHING
@@ -107,7 +111,7 @@ def _evaluate(graph: Graph, jaxpr: AnyJaxpr, inputs: Sequence[Value]) -> list[Va
     values.update(zip(body.invars, inputs, strict=True))
 
     def read(atom):
-        return _constant(np.asarray(atom.val, atom.aval.dtype)) if isinstance(atom, core.Literal) else values.get(atom, NOTHING)
+        return _literal(atom) if isinstance(atom, core.Literal) else values.get(atom, NOTHING)
 
     for eqn in body.eqns:
         values.update(zip(eqn.outvars, _equation(graph, eqn, [read(a) for a in eqn.invars]), strict=True))
@@ -438,9 +442,13 @@ Step = Callable[[list[Value], list[Value]], list[Value]]
 
 def _unrolled(step: Step, carry: list[Value], xs: list[Value], length: int, reverse: bool) -> tuple[list[Value], list[Nodes | None]]:
     """Trip by trip: exact, and a counter is known."""
+
+    def at(part, t):
+        return None if part is None else part[t]
+
     trips: list[list[Value]] = []
     for t in reversed(range(length)) if reverse else range(length):
-        outs = step(carry, [Value(*(None if part is None else part[t] for part in x)) for x in xs])
+        outs = step(carry, [Value(at(x.nodes, t), at(x.known, t)) for x in xs])
         carry, ys = outs[: len(carry)], outs[len(carry) :]
         trips.append(ys)
     stacked: list[Nodes | None] = []
