@@ -80,6 +80,14 @@ def newton(h):
     return lax.custom_linear_solve(lambda x: UPPER @ x, h, lambda matvec, b: jnp.linalg.solve(UPPER, b), lambda vecmat, b: jnp.linalg.solve(UPPER.T, b))
 
 
+def newton_with_residual(h):
+    def solved(matvec, b):
+        x = jnp.linalg.solve(UPPER, b)
+        return x, {"residual": matvec(x)}
+
+    return lax.custom_linear_solve(lambda x: UPPER @ x, h, solved, solved, symmetric=True, has_aux=True)[0]
+
+
 def write(x, index, update, **options):
     return x.at[index].set(update, **options)
 
@@ -129,6 +137,7 @@ EXACT = {
     "gather, windows": (lambda h: jax.vmap(lambda i: lax.dynamic_slice(h, (i, 1), (2, 2)))(np.array([0, 1, 5])), [A]),
     "gather, filled": (lambda h: jnp.take(h, np.array([0, 7, -2, -9]), axis=1, mode="fill", fill_value=0.0), [A]),
     "gather, clipped": (lambda h: jnp.take(h, np.array([0, 7, -9]), axis=1, mode="clip"), [A]),
+    "gather, far outside": (lambda h: jnp.take(h, np.array([0, 2**64 - 1], np.uint64), axis=1, mode="clip"), [A]),
     "gather, wrapped": (lambda h: jnp.take(h, np.array([0, 7, -9]), axis=1, mode="wrap"), [A]),
     "gather, in bounds": (lambda h: h.at[:, np.array([3, 1])].get(mode="promise_in_bounds"), [A]),
     "gather, unknown": (lambda h, i: h[:, i], [A], whole(((2,), 0, 4))),
@@ -218,6 +227,7 @@ COVERED = {  # where more is allowed for than ever shows
     "scan, all trips as one": (lambda h: lax.scan(lambda c, x: (jnp.sin(c) + x, c * x), jnp.zeros(4), jnp.tile(h, (900, 1)))[1][:5], [A]),
     "while by the state": (lambda h: lax.while_loop(lambda s: s[0, 0] < 0, lambda s: jnp.abs(s).at[0].set(s[1] + 1), h), [A]),
     "linear solve": (newton, [A[:, 0]]),
+    "linear solve with more to say": (newton_with_residual, [A[0, :3]]),
     "eigenvalues": (lambda h: jnp.linalg.eigvalsh(h @ h.transpose(0, 2, 1)), [B]),
     "associative scan": (lambda h: lax.associative_scan(jnp.add, h, axis=1), [A]),
     "product with zeros": (lambda h: h @ jnp.eye(4), [A]),

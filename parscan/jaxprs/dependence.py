@@ -350,7 +350,7 @@ def _linear_solve(eqn: Any, ins: list[Dependence]) -> list[Dependence]:
     lengths, matvec = eqn.params["const_lengths"], eqn.params["jaxprs"].matvec
     consts = ins[: lengths.matvec]
     rhs = ins[sum(lengths) :]
-    if any(ins[: sum(lengths)]):
+    if any(ins[: sum(lengths)]) or len(rhs) != len(eqn.outvars):  # auxiliary outputs
         return _mixed(eqn, ins)
     return _fixed_point(list(rhs), lambda x: _evaluate(matvec, [*consts, *x]))
 
