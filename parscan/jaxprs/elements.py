@@ -87,6 +87,10 @@ def _constant(value: Any) -> Value:
     return Value(known=np.asarray(value)) if is_known(value) else NOTHING
 
 
+def _literal(atom: Any) -> Value:
+    return _constant(np.asarray(atom.val, atom.aval.dtype)) if isinstance(atom.aval.dtype, np.dtype) else NOTHING
+
+
 def _dependent(graph: Graph, nodes: Nodes) -> Value:
     if not nodes.any():
         return NOTHING
@@ -108,7 +112,7 @@ def _evaluate(graph: Graph, jaxpr: AnyJaxpr, inputs: Sequence[Value]) -> list[Va
     values.update(zip(body.invars, inputs, strict=True))
 
     def read(atom):
-        return _constant(np.asarray(atom.val, atom.aval.dtype)) if isinstance(atom, core.Literal) else values.get(atom, NOTHING)
+        return _literal(atom) if isinstance(atom, core.Literal) else values.get(atom, NOTHING)
 
     for eqn in body.eqns:
         values.update(zip(eqn.outvars, _equation(graph, eqn, [read(a) for a in eqn.invars]), strict=True))
@@ -130,7 +134,7 @@ def _equation(graph: Graph, eqn: Any, ins: list[Value]) -> list[Value]:
     arrays = [value.known for value in ins if value.known is not None]
     if name == "concatenate" and 0 < len(arrays) < len(ins) and eqn.params["dimension"] == len(eqn.outvars[0].aval.shape) - 1:
         sizes = [var.aval.shape[-1] for var in eqn.invars]
-        columns = ([None] * size if v.known is None else np.moveaxis(v.known.astype(np.int64), -1, 0) for v, size in zip(ins, sizes, strict=True))
+        columns = ([None] * size if v.known is None else np.moveaxis(v.known, -1, 0) for v, size in zip(ins, sizes, strict=True))
         return [Value(columns=tuple(column for some in columns for column in some))]
     outs = computed(eqn, arrays) if len(arrays) == len(ins) else None
     return [NOTHING for _ in eqn.outvars] if outs is None else [Value(known=out) for out in outs]
@@ -211,9 +215,14 @@ def _dynamic_update_slice(graph: Graph, eqn: Any, ins: list[Value]) -> list[Node
 def _slice_starts(indices: Value, var: Any, dims: Sequence[int], batching: Sequence[int], indices_batching: Sequence[int]) -> dict[int, np.ndarray | None]:
     """For each dimension along which a gather or a scatter is told where to begin: where; None if that is unknown."""
     outer = var.aval.shape[:-1]
-    columns = indices.columns or [None] * len(dims) if indices.known is None else np.moveaxis(indices.known.astype(np.int64), -1, 0)
+    columns = indices.columns or [None] * len(dims) if indices.known is None else np.moveaxis(indices.known, -1, 0)
     along = {d: np.arange(outer[o]).reshape([-1 if a == o else 1 for a in range(len(outer))]) for d, o in zip(batching, indices_batching, strict=True)}
-    return dict(zip(dims, columns, strict=True)) | along
+    return {d: None if column is None else _signed(column) for d, column in zip(dims, columns, strict=True)} | along
+
+
+def _signed(values: np.ndarray) -> np.ndarray:
+    largest = np.iinfo(np.int64).max
+    return np.where(values > largest, largest, values.astype(np.int64)) if values.dtype == np.uint64 else values.astype(np.int64)
 
 
 def _gather(graph: Graph, eqn: Any, ins: list[Value]) -> list[Nodes]:
@@ -439,9 +448,13 @@ Step = Callable[[list[Value], list[Value]], list[Value]]
 
 def _unrolled(step: Step, carry: list[Value], xs: list[Value], length: int, reverse: bool) -> tuple[list[Value], list[Nodes | None]]:
     """Trip by trip: exact, and a counter is known."""
+
+    def at(part, t):
+        return None if part is None else part[t]
+
     trips: list[list[Value]] = []
     for t in reversed(range(length)) if reverse else range(length):
-        outs = step(carry, [Value(*(None if part is None else part[t] for part in x)) for x in xs])
+        outs = step(carry, [Value(at(x.nodes, t), at(x.known, t)) for x in xs])
         carry, ys = outs[: len(carry)], outs[len(carry) :]
         trips.append(ys)
     stacked: list[Nodes | None] = []
@@ -471,7 +484,7 @@ def _linear_solve(graph: Graph, eqn: Any, ins: list[Value]) -> list[Value]:
     """x with A x = b: a polynomial in A applied to b."""
     lengths, matvec = eqn.params["const_lengths"], eqn.params["jaxprs"].matvec
     consts, rhs = ins[: lengths.matvec], [Value(value.nodes) for value in ins[sum(lengths) :]]
-    if any(value.nodes is not None for value in ins[: sum(lengths)]):
+    if any(value.nodes is not None for value in ins[: sum(lengths)]) or len(rhs) != len(eqn.outvars):  # auxiliary outputs
         return _mixed(graph, eqn, ins)
     return _fixed_point(graph, rhs, eqn.outvars, lambda x: _evaluate(graph, matvec, [*consts, *x]))[0]
 

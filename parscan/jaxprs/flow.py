@@ -118,6 +118,8 @@ class Flow(ABC, Generic[Fact]):
     def _linear_solve(self, eqn: Any, ins: list[Fact], loops: int) -> list[Fact]:
         """x with A x = b: a polynomial in A applied to b, so what b has and A keeps, x has."""
         lengths, matvec = eqn.params["const_lengths"], eqn.params["jaxprs"].matvec
+        if len(ins) - sum(lengths) != len(eqn.outvars):  # auxiliary outputs
+            return self.through(eqn, ins)
         consts = ins[: sum(lengths)]
         solution = self._fixed_point(eqn, ins[sum(lengths) :], lambda x: self.evaluate(matvec, [*consts[: lengths.matvec], *x], loops))
         return self._decided(eqn, solution, consts)

@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.core import Tracer
 
 Arrays = Sequence[np.ndarray]
 LARGEST = 2**20  # elements; larger arrays are not computed
@@ -175,7 +176,7 @@ _BY_JAX = frozenset(  # without effects, and no collective among them
 
 def is_known(value: Any) -> bool:
     """Whether a value is one that is computed with: whole numbers or truth values, not too many."""
-    return isinstance(value, (np.ndarray, np.generic, jax.Array)) and _is_computed(value.dtype, value.size)
+    return isinstance(value, (np.ndarray, np.generic, jax.Array)) and not isinstance(value, Tracer) and _is_computed(value.dtype, value.size)
 
 
 def _is_computed(dtype: Any, size: int) -> bool:
