@@ -10,7 +10,8 @@ O(log L) instead of L. Notation used throughout: L steps; n coordinates of the s
 *tangents* travel with the chain, *cotangents* against it; a value *enters* and *leaves* each map.
 
 Public names: `scan`, `chain`, `forward`, `parallel_backward`, `linear_scan`, `plan`; the methods `Lax`, `Sequential`, `Walk`, `Associative`,
-`Tree`, `Chunked`; the claim `Blocks`; the Jacobian kinds `Dense`, `Diagonal`, `BlockDiagonal`; the results `Gradients`, `Plan`.
+`Tree`, `Chunked`; the claim `Blocks`; the Jacobian kinds `Dense`, `Diagonal`, `BlockDiagonal`; the results `Gradients`, `Plan`;
+`testing.check_structure`.
 """
 
 from parscan import testing

