@@ -109,18 +109,22 @@ def scan_activations(chain: Chain, params: Any, x: Any, nudges: Any) -> Any:
 
 
 def reference(activations: Any, chain: Chain, end: Any, everywhere: Any) -> tuple[Any, Any]:
-    """Gradients in params and in every activation, by `jax.grad` of a sequential program. The loop is run as it stands, since compiling
-    64 steps one after another takes a minute."""
-    length = chain.params["w"].shape[0]
+    """Gradients in params and in every activation, by `jax.grad` of a sequential program."""
+    zero = jnp.zeros((chain.params["w"].shape[0] + 1, *chain.x.shape), chain.x.dtype)
+    return _gradient(activations, chain.layer)(chain.params, chain.x, zero, end, zero if everywhere is None else everywhere)
 
-    def loss(params, nudges):
-        states = activations(chain, params, chain.x, nudges)
-        total = jnp.sum(states[-1] * end)
-        return total if everywhere is None else total + jnp.sum(states * everywhere)
 
-    nudges = jnp.zeros((length + 1, *chain.x.shape), chain.x.dtype)
+@functools.cache
+def _gradient(activations: Any, layer: Any) -> Any:
+    """Compiled once, whichever cotangents. The loop is run as it stands: compiling steps one after another takes longer."""
+
+    def loss(params, nudges, x, end, everywhere):
+        states = activations(Chain(layer, params, x, None), params, x, nudges)
+        return jnp.sum(states[-1] * end) + jnp.sum(states * everywhere)
+
     gradient = jax.grad(loss, (0, 1))
-    return (gradient if activations is loop_activations else jax.jit(gradient))(chain.params, nudges)
+    gradient = gradient if activations is loop_activations else jax.jit(gradient)
+    return lambda params, x, nudges, end, everywhere: gradient(params, nudges, x, end, everywhere)
 
 
 # --- recurrent cells for tests of `scan` -----------------------------------------------------------------------------------

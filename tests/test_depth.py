@@ -58,14 +58,14 @@ def forward_only(loops):
 @pytest.mark.parametrize("method", LOG_DEPTH)
 def test_every_long_loop_is_a_forward_pass_and_equations_grow_with_the_logarithm(method, order):
     scan, sizes = lambda *a: parscan.scan(*a, method=LOG_DEPTH[method]), []
-    for length in (64, 1024, 16384):
+    for length in (64, 1024, 16384) if order in ("jvp", "grad") else (64, 256, 1024):  # tracing the others takes seconds
         program = jax.make_jaxpr(derivative(order, scan))(*arguments(length))
         loops = long_loops(program, CHUNK)
         assert loops, "the forward pass itself is a loop"
         assert forward_only(loops)
         sizes.append(sum(1 for _ in equations(program)))
     first, second = sizes[1] - sizes[0], sizes[2] - sizes[1]
-    assert 0 < second <= 1.3 * first, sizes  # four doublings each
+    assert 0 < second <= 1.3 * first, sizes  # as many doublings each
 
 
 @pytest.mark.parametrize("method", LOG_DEPTH)

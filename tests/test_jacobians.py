@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 
 import jax
@@ -9,9 +10,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from support import KINDS, TOLERANCE, assert_close
+from test_order import every_tree
 
 import parscan
-from parscan import affine, exponents
+from parscan import affine, exponents, prefix
 from parscan.affine import Affine
 from parscan.structure import forms_of
 
@@ -147,10 +149,6 @@ def test_rectangular_maps(kind):
 @pytest.mark.parametrize("kind, scale", [("Dense", 1e140), ("Dense", 1e-140), ("BlockDiagonal", 1e140)])
 def test_every_tree_over_rectangular_maps(kind, scale):
     """All shapes of tree over five maps of several widths; products that leave the range meet vectors that do not."""
-    from test_order import every_tree
-
-    from parscan import prefix
-
     widths = (3, 5, 1, 4, 4, 2)
     maps = rectangular(kind, widths)
     maps = [type(m)(jax.tree.leaves(m)[0] * (scale if i % 2 == 0 else 1 / scale)) for i, m in enumerate(maps)]
@@ -161,7 +159,15 @@ def test_every_tree_over_rectangular_maps(kind, scale):
     for one in chain:
         vector = one.matrix.to_dense() @ vector + one.offset
         want.append(vector)
-    stacks = [prefix.Stack(1, lambda one=one: affine.scaled(jax.tree.map(lambda x: x[None], one))) for one in chain]
     for tree in every_tree(0, 5)[:: 1 if kind == "Dense" else 4]:
-        got = prefix.ordered(stacks, tree, start, affine.apply, affine.then)
-        assert_close([g[0] for g in got], want, 1e-13)
+        assert_close(in_the_order_of(tree)(chain, start), want, 1e-13)
+
+
+@functools.cache
+def in_the_order_of(tree):
+    @jax.jit
+    def run(chain, start):
+        stacks = [prefix.Stack(1, lambda one=one: affine.scaled(jax.tree.map(lambda x: x[None], one))) for one in chain]
+        return [g[0] for g in prefix.ordered(stacks, tree, start, affine.apply, affine.then)]
+
+    return run
