@@ -98,9 +98,9 @@ class LowRank(Jacobian):
 
     @property
     def _stacked(self) -> int:
-        return math.prod(
-            jnp.broadcast_shapes(*(part.shape[:-2] for part in (self.left, self.right)), *([] if self.diagonal is None else [self.diagonal.shape[:-1]]))
-        )
+        """How many maps."""
+        leads = [self.left.shape[:-2], self.right.shape[:-2], *([] if self.diagonal is None else [self.diagonal.shape[:-1]])]
+        return math.prod(jnp.broadcast_shapes(*leads))
 
     @property
     def product_flops(self) -> int:
