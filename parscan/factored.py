@@ -111,7 +111,8 @@ def _through(cut: Cut, proof: Derivative, before: ByAxes, after: ByAxes) -> ByAx
         into = {
             tuple(entering[k][leaf][axis] for axis in order[:lead]) for leaf, order in zip(before.leaves, before.orders, strict=True) if leaf in entering[k]
         }
-        if len(into) != 1 or None in (axes := into.pop()):
+        axes = tuple(axis for axis in into.pop() if axis is not None) if len(into) == 1 else ()
+        if len(axes) != lead or len(into) > 1:
             return None
         for leaf, order in zip(after.leaves, after.orders, strict=True):
             if k in leaving[leaf] and tuple(leaving[leaf][k][axis] for axis in axes) != order[:lead]:
