@@ -116,7 +116,7 @@ def claimed(claim: Claim, states: States) -> tuple[Orders, list[tuple[Evidence, 
 
 
 def _evidence(claim: Claim, before: int, after: int) -> Evidence:
-    if not isinstance(claim, Band):
+    if not isinstance(claim, Band) or 2 * claim.bandwidth + 1 >= before:
         return Evidence((after, before))
     offsets = np.arange(-claim.bandwidth, claim.bandwidth + 1)
     rows, columns = (np.arange(before)[:, None] + offsets).ravel(), np.repeat(np.arange(before), len(offsets))
