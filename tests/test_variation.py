@@ -271,7 +271,7 @@ BINARY = [
 choices = st.tuples(st.integers(0, len(UNARY) - 1), st.integers(0, len(BINARY) - 1), st.integers(0, 5))
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(st.lists(choices, min_size=1, max_size=4), st.integers(0, 2**31 - 1))
 def test_blocks_are_equal_where_nothing_varies(program, seed):
     def step(h):
