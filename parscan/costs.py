@@ -16,7 +16,7 @@ import functools
 import math
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import jax
@@ -77,7 +77,8 @@ def summed(some: Sequence[tuple[int, dict[str, int], dict[str, int]]]) -> tuple[
     return whole.plain()
 
 
-class _Run(NamedTuple):
+@dataclass(frozen=True)
+class _Run:
     """Equal maps: how many, FLOPs of one vector pushed through one of them, how they are formed, whether all are one; bytes of a number."""
 
     count: int
@@ -217,16 +218,24 @@ def _depths(maps: np.ndarray, at: int, levels: int | None = None) -> np.ndarray:
 
 def _associative(found: Costs, run: _Run, at: int) -> int:
     """`lax.associative_scan`: pairs are joined, their prefixes found, and every other one extended by one map."""
-    one = abstract(run.forms.closed(), run.dtype)
-    products, depth, count = 0, 1, run.count
+    one, products, count = abstract(run.forms.closed(), run.dtype), 0, run.count
     while count > 1:
         products += count // 2 + (count - 1) // 2
-        depth += 1 + (count > 2)
         count //= 2
     found.add("forming", run.distinct * run.forms.pushes * run.push, run.distinct * one.nbytes)
     found.add("up-sweep", products * (one.product_flops + one.apply_flops), products * one.nbytes)
     found.add("down-sweep", run.count * one.apply_flops, run.count * run.vector)
-    return max(at, depth) + 1
+    return max(at, int(_prefix_depths(np.ones(run.count, int)).max())) + 1
+
+
+def _prefix_depths(maps: np.ndarray) -> np.ndarray:
+    """When each prefix of `lax.associative_scan` is known, from when each map is."""
+    if len(maps) < 2:
+        return maps
+    found = maps.copy()
+    found[1::2] = _prefix_depths(np.maximum(maps[:-1:2], maps[1::2]) + 1)
+    found[2::2] = np.maximum(found[1:-1:2], maps[2::2]) + 1
+    return found
 
 
 def _chunked(found: Costs, run: _Run, size: int, levels: int | None, at: int) -> int:
@@ -237,7 +246,7 @@ def _chunked(found: Costs, run: _Run, size: int, levels: int | None, at: int) ->
         return at + run.count
     forms = run.forms.closed()
     found.add("forming", *_folding(run, size, chunks))
-    done = _tree(found, run._replace(forms=forms, same=False), chunks - 1, size, levels, at + rest)
+    done = _tree(found, replace(run, forms=forms, same=False), chunks - 1, size, levels, at + rest)
     return done + size
 
 
@@ -274,7 +283,8 @@ class _Counting:
         return _Maps(first.lo, second.hi, np.maximum(first.depth, second.depth) + 1)
 
 
-class _Piece(NamedTuple):
+@dataclass(frozen=True)
+class _Piece:
     """Of a run, so many maps of `size` steps each."""
 
     run: _Run
@@ -337,7 +347,12 @@ def _stack(found: Costs, piece: _Piece, first: int) -> prefix.Stack:
 @functools.lru_cache(maxsize=1024)
 def abstract(forms: Forms, dtype: Any) -> Jacobian:
     """One map, as it is formed."""
-    return jax.eval_shape(forms.jacobian, ShapeDtypeStruct((forms.pushes, forms.sizes[1]), dtype))
+    parts = []
+    for group, form, shared in zip(forms.before, forms.each, forms.shared, strict=True):
+        along = tuple(1 if same else count for same, count in zip(shared, group.counts, strict=True))
+        inner = jax.tree.map(lambda leaf, along=along: ShapeDtypeStruct((*along, *leaf.shape), leaf.dtype), form.abstract(dtype))
+        parts.append(BlockDiagonal(inner, group.counts) if group.counts else inner)
+    return parts[0] if len(parts) == 1 else DirectSum(tuple(parts))
 
 
 def level_by_level(one: Jacobian, levels: int) -> list[Jacobian]:

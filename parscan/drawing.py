@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -42,9 +43,9 @@ def spy(structure: Structure, pattern: Any, names: tuple[Sequence[str], Sequence
     if ax is None:
         _, ax = pyplot.subplots(figsize=(6.4, 6.4), layout="constrained")
     drawn = pattern is not None and max(before.size, after.size) <= MOST_DRAWN
-    _draw_blocks(ax, structure, opacity=0.2 if drawn else 0.7)
+    _draw_blocks(ax, structure, opacity=0.15 if drawn else 0.7)
     if drawn:
-        _draw_entries(ax, *_places(structure, pattern), (after.size, before.size))
+        _draw_entries(ax, structure, pattern)
     ax.set(xlim=(-0.5, before.size - 0.5), ylim=(after.size - 0.5, -0.5), aspect="equal")
     ax.set_xticks(*_labels(before, names[0]), rotation=90, fontsize="small")
     ax.set_yticks(*_labels(after, names[1]), fontsize="small")
@@ -55,13 +56,12 @@ def spy(structure: Structure, pattern: Any, names: tuple[Sequence[str], Sequence
 
 def title(structure: Structure) -> str:
     """The kind and the blocks in words."""
-    (side, count), *others = (structure.before if structure.before.size else structure.after).blocks.items()
-    if others:
-        listed = " and ".join(f"{count} × {side}" for side, count in ((side, count), *others))
-        return f"{structure.kind}: blocks, {listed} wide"
-    if side == 1:
-        return f"{structure.kind}: {count} coordinate{'s' if count != 1 else ''} apart"
-    return f"{structure.kind}: {count} block{'s' if count != 1 else ''} of {side}"
+    found: Counter[str] = Counter()
+    for before, after in zip(structure.before.groups, structure.after.groups, strict=True):
+        if before.size or after.size:
+            found[str(before.side) if before.side == after.side else f"{after.side} × {before.side}"] += max(before.blocks, after.blocks)
+    listed = " and ".join(f"{count} block{'s' if count != 1 else ''} of {size}" for size, count in found.items())
+    return f"{structure.kind}: {listed}"
 
 
 def _draw_blocks(ax: Any, structure: Structure, opacity: float) -> None:
@@ -82,14 +82,25 @@ def _draw_blocks(ax: Any, structure: Structure, opacity: float) -> None:
         row, column = row + after.size, column + before.size
 
 
-def _draw_entries(ax: Any, rows: np.ndarray, columns: np.ndarray, shape: tuple[int, int]) -> None:
+def _draw_entries(ax: Any, structure: Structure, pattern: Any) -> None:
+    """Entries in the colour of their group; black outside of all blocks, where a claim is wrong."""
     from matplotlib.colors import ListedColormap
 
+    shape, (rows, columns) = (structure.after.size, structure.before.size), _places(structure, pattern)
     height, width = (min(size, PIXELS) for size in shape)
     image = np.zeros((height, width), np.uint8)
-    image[rows * height // shape[0], columns * width // shape[1]] = 1
-    colours = ListedColormap([(0, 0, 0, 0), (0.1, 0.1, 0.15, 0.85)])
-    ax.imshow(image, cmap=colours, vmin=0, vmax=1, interpolation="nearest", extent=(-0.5, shape[1] - 0.5, shape[0] - 0.5, -0.5), zorder=2)
+    (row_group, row_block), (column_group, column_block) = _blocks(structure.after), _blocks(structure.before)
+    inside = (row_group[rows] == column_group[columns]) & (row_block[rows] == column_block[columns])
+    image[rows * height // shape[0], columns * width // shape[1]] = np.where(inside, 2 + row_group[rows] % len(COLOURS), 1)
+    colours = ListedColormap(["#00000000", "#000000", *COLOURS])
+    ax.imshow(image, cmap=colours, vmin=0, vmax=1 + len(COLOURS), interpolation="nearest", extent=(-0.5, shape[1] - 0.5, shape[0] - 0.5, -0.5), zorder=2)
+
+
+def _blocks(layout: Layout) -> tuple[np.ndarray, np.ndarray]:
+    """For every entry of a vector its group, and its block there."""
+    groups = [np.full(group.size, i) for i, group in enumerate(layout.groups)]
+    blocks = [np.arange(group.size) // max(group.side, 1) for group in layout.groups]
+    return np.concatenate(groups), np.concatenate(blocks)
 
 
 def _places(structure: Structure, pattern: Any) -> tuple[np.ndarray, np.ndarray]:

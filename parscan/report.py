@@ -134,18 +134,21 @@ class Plan:
         """The same plan, which calls the leaves of the state by their names.
 
         Args:
-            states: pytrees, the states before, between and after the runs of layers; for a recurrence the one before and the one after.
+            states: pytrees like the states before, between and after the runs of layers; for a recurrence the one before and the one after.
             base: what the user's function calls the state.
         """
-        names = [tuple(name for name, leaf in named_leaves(base, state) if is_inexact(leaf)) for state in states]
-        if not self.stretches:
-            return self._with_names(names)
+        names = [tuple(name for name, _ in named_leaves(base, state)) for state in states]
         ends = list(itertools.accumulate((len(plan.runs) for plan in self.stretches), initial=0))
-        some = (plan._with_names(names[lo : hi + 1]) for plan, (lo, hi) in zip(self.stretches, itertools.pairwise(ends), strict=True))
-        return replace(self, stretches=tuple(some))
+        stretches = (plan._with_names(names[lo : hi + 1]) for plan, (lo, hi) in zip(self.stretches, itertools.pairwise(ends), strict=True))
+        return replace(self._with_names(names), stretches=tuple(stretches))
 
     def _with_names(self, names: Sequence[tuple[str, ...]]) -> Plan:
-        return self if self._given is None else replace(self, _given=self._given._replace(names=tuple(names)))
+        """Of all leaves of the states, of which the floating-point ones are kept."""
+        if self._given is None:
+            return self
+        states = (*(step.program.avals[1] for step in self._given.steps), self._given.steps[-1].program.out_avals[0])
+        floats = (tuple(n for n, a in zip(some, state, strict=True) if is_inexact(a)) for some, state in zip(names, states, strict=True))
+        return replace(self, _given=self._given._replace(names=tuple(floats)))
 
     # --- a line, a table, a picture -----------------------------------------------------------------------------------------
 
@@ -172,7 +175,7 @@ class Plan:
 
         Example:
             >>> parscan.plan(f, init, xs, method="tree").spy().get_title()
-            'Diagonal: 4 coordinates apart'
+            'Diagonal: 4 blocks of 1'
         """
         if self.stretches:
             return max(self.stretches, key=lambda plan: (plan.method.is_parallel, plan.length)).spy(ax)
@@ -242,17 +245,18 @@ def _lines(plan: Plan) -> Iterator[str]:
     yield from _entry("method", f"{plan.method}, length {plan.length}")
     if not plan.stretches:
         yield from _entry("reason", plan.reason)
-    for i, one in enumerate(plan.stretches):
-        yield from _entry(f"stretch {i}", f"{one.length} layers by {one.method}, {_structure(one)}: {one.reason}")
+    for i, one in enumerate(plan.stretches, 1):
+        yield from _entry(f"stretch {i}", f"{one.length} layer{'s' if one.length != 1 else ''} by {one.method}, {_structure(one)}: {one.reason}")
     yield from _entry("structure", _structure(plan))
     for i, said in enumerate(plan.why[:MOST_WHY]):
         yield from _entry("why" if i == 0 else "", said)
     if len(plan.why) > MOST_WHY:
         yield from _entry("", f"… and {len(plan.why) - MOST_WHY} more, see `why`")
     yield from _entry("depth", f"{plan.depth} operations one after another; {plan.length} steps")
-    yield f"{'':12}{'FLOPs':>10}{'bytes':>12}"
+    yield f"{'':12}{'FLOPs':>9}{'bytes':>11}"
     for stage in (*STAGES, "total", "sequential"):
-        yield f"{stage:12}{_human(plan.flops[stage]):>10}{_human(plan.bytes[stage]) + 'B':>12}"
+        (flops, thousands), (size, unit) = _human(plan.flops[stage]), _human(plan.bytes[stage])
+        yield f"{stage:12}{flops:>7} {thousands:1}{size:>8} {unit}B"
 
 
 def _entry(label: str, text: str) -> list[str]:
@@ -264,10 +268,9 @@ def _structure(plan: Plan) -> str:
     return f"{plan.kind}, {found}" if found else f"kind {plan.kind}"
 
 
-def _human(number: int) -> str:
-    """Three digits and a unit."""
-    value, units = float(number), iter("kMGTPE")
-    unit = ""
+def _human(number: int) -> tuple[str, str]:
+    """Three digits, and the unit: k, M, G, …"""
+    value, unit, units = float(number), "", iter("kMGTPE")
     while value >= 999.5:
         value, unit = value / 1000, next(units)
-    return f"{value:.0f} {unit}" if value >= 100 or not unit else f"{value:.3g} {unit}"
+    return f"{value:.0f}" if value >= 100 or not unit else f"{value:.3g}", unit
