@@ -186,9 +186,9 @@ def alike(a: Any, b: Any) -> tuple[Any, Any]:
 
 
 def closed(one: Any) -> Any:
-    """The same map as a kind whose products are of that kind, whatever the numbers: what does not grow stays, all else becomes dense, block by block."""
+    """Stacked maps as a kind whose products are of that kind and shape: what does not grow stays, all else becomes dense, block by block, none shared."""
     if isinstance(one, BlockDiagonal):
-        return one.like(closed(one.inner))
+        return one.like(jax.tree.map(lambda x: jnp.broadcast_to(x, (*x.shape[:1], *one.along, *x.shape[1 + len(one.along) :])), closed(one.inner)))
     if isinstance(one, DirectSum):
         return DirectSum(tuple(closed(part) for part in one.parts))
     return one if isinstance(one, (Dense, Diagonal)) else Dense(one.to_dense())
