@@ -60,9 +60,10 @@ def test_importing_changes_no_jax_setting():
 
 
 def test_importing_is_quick():
-    timed = "import json, time\nimport jax\nbegin = time.perf_counter()\nimport parscan\nprint(json.dumps({'seconds': time.perf_counter() - begin}))"
+    """In processor time: how busy the machine is beside is not ours."""
+    timed = "import json, time\nimport jax\nbegin = time.process_time()\nimport parscan\nprint(json.dumps({'seconds': time.process_time() - begin}))"
     seconds = [in_fresh_interpreter(timed)["seconds"] for _ in range(3)]
-    assert min(seconds) < 0.2, f"`import parscan` took {seconds} s on top of `import jax`"
+    assert min(seconds) < 0.2, f"`import parscan` took {seconds} s of processor time on top of `import jax`"
 
 
 @each_module
