@@ -205,7 +205,8 @@ def concatenate(p: Picker) -> Operation:
 
 def pad(p: Picker) -> Operation:
     i, shape = p.value(1)
-    config = [(p.integer(-1, 2), p.integer(-1, 2), p.integer(0, 1)) if d == len(shape) - 1 else (0, p.integer(0, 1), 0) for d in range(len(shape))]
+    least = -1 if shape[-1] > 1 else 0
+    config = [*[(0, p.integer(0, 1), 0) for _ in shape[1:]], (p.integer(least, 2), p.integer(least, 2), p.integer(0, 1))]
     return lambda v, c: lax.pad(v[i], jnp.zeros((), v[i].dtype), config)
 
 
