@@ -2,7 +2,7 @@
 
 Most of the suite's time is XLA's code generation. XLA's own passes, which decide what is fused and folded, stay as they are; machine code is
 not optimised any further, and where the release has an older way of emitting fusions, which takes half the time to compile, it is taken.
-Notebooks run in processes of their own, optimised as for any user. `XLA_FLAGS`, where it is set, holds for everything.
+The scripts are run as any user runs them, fully optimised. `XLA_FLAGS`, where it is set, takes the place of all this.
 """
 
 import importlib.metadata

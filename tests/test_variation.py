@@ -250,7 +250,7 @@ UNARY = [
     lambda a: lax.scan(lambda c, k: (along(1, k)(c), c[0]), a, fixed(3, 4, 4))[1],
     lambda a: lax.cond(a.sum() > 0, along(1, B), lambda a: 2 * a, a),
     lambda a: lax.while_loop(lambda c: c[1] < 2, lambda c: (along(0, A)(c[0]), c[1] + 1), (a, 0))[0],
-    lambda a: jax.vmap(lambda m: lax.while_loop(lambda c: c[1] < m.sum(), lambda c: (2 * c[0], c[1] + 1), (m, 0.0))[0])(a),
+    lambda a: jax.vmap(lambda m: lax.while_loop(lambda c: c[1] < 3 * jnp.tanh(m.sum()), lambda c: (2 * c[0], c[1] + 1), (m, 0.0))[0])(a),
     lambda a: jax.jit(jax.checkpoint(along(2, C)))(a),
     lambda a: lax.conv_general_dilated(a, B[:2, None, :2], (1,), "SAME", dimension_numbers=("NWC", "WIO", "NWC"), feature_group_count=2),
     lambda a: lax.conv_general_dilated(a, C[None], (1,), "SAME", dimension_numbers=("NWC", "WIO", "NWC")),
