@@ -13,7 +13,7 @@ import numpy as np
 
 from parscan.checks import describe, integer
 from parscan.jacobians import Evidence, Pattern
-from parscan.layout import ByAxes, Group, Raveled
+from parscan.layout import ByAxes, Group, Order, Raveled
 
 
 @dataclass(frozen=True)
@@ -98,10 +98,9 @@ def parse_structure(structure: Any) -> Claim | None:
 
 
 States = Sequence[Sequence[Any]]  # of every state of a chain, the abstract values of its floating-point leaves
-Orders = list[tuple[tuple[ByAxes | Raveled, ...], tuple[Group, ...]]]  # of every state, its parts and groups
 
 
-def claimed(claim: Claim, states: States) -> tuple[Orders, list[tuple[Evidence, ...]]]:
+def claimed(claim: Claim, states: States) -> tuple[list[Order], list[tuple[Evidence, ...]]]:
     """Parts and groups of every state, and of every step the evidence for each group.
 
     Raises:
@@ -124,7 +123,7 @@ def _evidence(claim: Claim, before: int, after: int) -> Evidence:
     return Evidence((after, before), Pattern((after, before), rows[inside], columns[inside]))
 
 
-def _by_axis(claim: Claim, axis: int, states: States) -> Orders:
+def _by_axis(claim: Claim, axis: int, states: States) -> list[Order]:
     sizes, found = set(), []
     for state in states:
         orders, widths = [], []
@@ -148,7 +147,7 @@ def _by_axis(claim: Claim, axis: int, states: States) -> Orders:
     ]
 
 
-def _raveled(claim: Claim, states: States) -> Orders:
+def _raveled(claim: Claim, states: States) -> list[Order]:
     """Blocks in raveled order."""
     totals = [sum(math.prod(a.shape) for a in state) for state in states]
     if isinstance(claim, Blocks):

@@ -25,12 +25,12 @@ from jax import ShapeDtypeStruct
 
 from parscan import order, prefix
 from parscan.checks import dtype_of, is_inexact
-from parscan.jacobians import BlockDiagonal, Dense, DirectSum, Jacobian, product
+from parscan.jacobians import BlockDiagonal, DirectSum, Jacobian, product
 from parscan.jaxprs import Program, flops, flops_on, obstacle
 from parscan.methods import Associative, Chunked, Lax, Method, Sequential, Walk
 from parscan.proof import derivative
-from parscan.structure import Forms, Structure
-from parscan.sweep import order_of_products
+from parscan.structure import Forms, Structure, kind_name
+from parscan.sweep import order_of_products, sides_and_blocks
 
 STAGES = ("forming", "up-sweep", "down-sweep")
 
@@ -299,10 +299,9 @@ def _through_order(found: Costs, journey: Sequence[_Run], method: Method) -> int
     ends = [piece.run.forms.before for piece in pieces] + [journey[-1].forms.after]
     tree = order_of_products([piece.count for piece in pieces], ends).tree
     assert tree is not None
+    widths, blocks = sides_and_blocks(ends)
     places = [i for i, piece in enumerate(pieces) for _ in range(piece.count)] + [len(pieces)]
-    widths = [[group.side for group in ends[i]] for i in places]
-    blocks = [max(groups[i].blocks for groups in ends) for i in range(len(ends[0]))]
-    counting = _Counting(found, order.Costs(blocks, widths), journey[0].dtype.itemsize)
+    counting = _Counting(found, order.Costs(blocks, [widths[i] for i in places]), journey[0].dtype.itemsize)
     stacks, first = [], 0
     for piece in pieces:
         stacks.append(_stack(found, piece, first))
@@ -347,12 +346,11 @@ def _stack(found: Costs, piece: _Piece, first: int) -> prefix.Stack:
 @functools.lru_cache(maxsize=1024)
 def abstract(forms: Forms, dtype: Any) -> Jacobian:
     """One map, as it is formed."""
-    parts = []
+    blocks = []
     for group, form, shared in zip(forms.before, forms.each, forms.shared, strict=True):
         along = tuple(1 if same else count for same, count in zip(shared, group.counts, strict=True))
-        inner = jax.tree.map(lambda leaf, along=along: ShapeDtypeStruct((*along, *leaf.shape), leaf.dtype), form.abstract(dtype))
-        parts.append(BlockDiagonal(inner, group.counts) if group.counts else inner)
-    return parts[0] if len(parts) == 1 else DirectSum(tuple(parts))
+        blocks.append(jax.tree.map(lambda leaf, along=along: ShapeDtypeStruct((*along, *leaf.shape), leaf.dtype), form.abstract(dtype)))
+    return forms.of_blocks(blocks)
 
 
 def level_by_level(one: Jacobian, levels: int) -> list[Jacobian]:
@@ -374,19 +372,21 @@ def levels(structure: Structure, method: Method, length: int) -> list[tuple[int,
     if isinstance(method, (Associative, Chunked)):
         forms = forms.closed()
     maps = level_by_level(abstract(forms, np.dtype(structure.before.dtype)), len(tree_rounds(length)[0]))
-    return [(level, kind_name(one), one.nbytes) for level, one in enumerate(maps)]
+    return [(level, name_of(one), one.nbytes) for level, one in enumerate(maps)]
 
 
-def kind_name(one: Any) -> str:
-    """Of a map: that of its blocks, where all that mix are of one special kind."""
-    names = _names(one)
-    mixing = names - {"Identity", "Diagonal"} or (names - {"Identity"} if len(names) > 1 else names)
-    if len(mixing) != 1 or mixing == {"Dense"}:
-        return "Dense" if isinstance(one, Dense) or (isinstance(one, BlockDiagonal) and math.prod(one.along) == 1) else "BlockDiagonal"
-    return mixing.pop()
+def name_of(one: Any) -> str:
+    """What a map is called: as `Structure.kind` calls the Jacobians that it is one of."""
+    found = list(_blocks(one))
+    return kind_name({name for name, _ in found}, sum(count for _, count in found))
 
 
-def _names(one: Any) -> set[str]:
+def _blocks(one: Any) -> Iterator[tuple[str, int]]:
+    """The kinds of a map's blocks, and how many there are of each."""
     if isinstance(one, DirectSum):
-        return set().union(*map(_names, one.parts))
-    return _names(one.inner) if isinstance(one, BlockDiagonal) else {type(one).__name__}
+        for part in one.parts:
+            yield from _blocks(part)
+    elif isinstance(one, BlockDiagonal):
+        yield type(one.inner).__name__, math.prod(one.along)
+    else:
+        yield type(one).__name__, 1

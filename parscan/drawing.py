@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
-from parscan.layout import Layout
+from parscan.layout import Layout, blocks_in_words
 from parscan.structure import Structure
 
 MOST_DRAWN = 2**13  # coordinates up to which entries are drawn; of larger states, the blocks alone
@@ -56,12 +55,7 @@ def spy(structure: Structure, pattern: Any, names: tuple[Sequence[str], Sequence
 
 def title(structure: Structure) -> str:
     """The kind and the blocks in words."""
-    found: Counter[str] = Counter()
-    for before, after in zip(structure.before.groups, structure.after.groups, strict=True):
-        if before.size or after.size:
-            found[str(before.side) if before.side == after.side else f"{after.side} × {before.side}"] += max(before.blocks, after.blocks)
-    listed = " and ".join(f"{count} block{'s' if count != 1 else ''} of {size}" for size, count in found.items())
-    return f"{structure.kind}: {listed}"
+    return f"{structure.kind}: {blocks_in_words(structure.before.groups, structure.after.groups)}"
 
 
 def _draw_blocks(ax: Any, structure: Structure, opacity: float) -> None:

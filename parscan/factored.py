@@ -19,8 +19,8 @@ from jax.extend import core
 
 from parscan.jacobians import Kronecker, LowRank
 from parscan.jaxprs import Cut, Separable, cuts, dependence, masks_nothing, separable
-from parscan.layout import ByAxes
-from parscan.proof import Derivative, Order
+from parscan.layout import ByAxes, Order
+from parscan.proof import Derivative
 
 Inputs = Sequence[Any]  # of the derivative, its tangents left out: constants, carry, x
 

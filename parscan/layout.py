@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -46,6 +46,20 @@ class Group:
     def side(self) -> int:
         """Side of a block."""
         return min(1, self.width) if self.elementwise else self.width
+
+
+def in_words(blocks: Mapping[Any, int], between: str = " and ") -> str:
+    """From block size to how many, as `32 blocks of 8`."""
+    return between.join(f"{count} block{'s' if count != 1 else ''} of {size}" for size, count in blocks.items())
+
+
+def blocks_in_words(before: Sequence[Group], after: Sequence[Group]) -> str:
+    """The blocks of a map from one vector to another: `32 blocks of 8`, or `32 blocks of 4 × 8` where the width changes."""
+    found: Counter[str] = Counter()
+    for a, b in zip(before, after, strict=True):
+        if a.size or b.size:
+            found[str(a.side) if a.side == b.side else f"{b.side} × {a.side}"] += max(a.blocks, b.blocks)
+    return in_words(found)
 
 
 @dataclass(frozen=True)
@@ -107,6 +121,9 @@ class Raveled:
         return {
             leaf: whole[..., lo:hi].reshape(*vector.shape[:-1], *shapes[leaf]) for leaf, (lo, hi) in zip(self.leaves, itertools.pairwise(bounds), strict=True)
         }
+
+
+Order = tuple[tuple[ByAxes | Raveled, ...], tuple[Group, ...]]  # of a state's coordinates: its parts, and the groups that these are seen as
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ import jax
 from parscan.claims import Claim
 from parscan.costs import Step
 from parscan.jaxprs import Program, flops, obstacle
-from parscan.layout import Group
+from parscan.layout import blocks_in_words
 from parscan.methods import Associative, Chunked, Lax, Method, Tree, Walk
 from parscan.order import Order
 from parscan.report import Given, Plan
@@ -175,7 +175,7 @@ def _chosen(step: Step, structure: Structure, fallback: Method, platform: str) -
     pairs = [(a, b) for a, b in zip(structure.before.groups, structure.after.groups, strict=True) if a.size or b.size]
     blocks, width = sum(max(a.blocks, b.blocks) for a, b in pairs), max(max(a.side, b.side) for a, b in pairs)
     state = sum(max(a.blocks, b.blocks) * a.side * b.side for a, b in pairs)
-    name = _named(pairs)
+    name = blocks_in_words(structure.before.groups, structure.after.groups)
     if step.count < 2 and (platform == "cpu" or step.repeats):
         return fallback, "nothing to combine"
     if step.program.recomputes:
@@ -194,15 +194,6 @@ def _chosen(step: Step, structure: Structure, fallback: Method, platform: str) -
     if state <= ACCELERATOR_STATE:
         return Chunked(), f"{name} on {platform}: the loop's latency outweighs the arithmetic of matrix products"
     return fallback, f"{name} on {platform}: too much arithmetic for matrix products to pay"
-
-
-def _named(pairs: Sequence[tuple[Group, Group]]) -> str:
-    """Blocks in words: `32 blocks of 8`."""
-    found: dict[str, int] = {}
-    for before, after in pairs:
-        size = str(max(before.side, after.side)) if before.side == after.side else f"{after.side} × {before.side}"
-        found[size] = found.get(size, 0) + max(before.blocks, after.blocks)
-    return " and ".join(f"{count} block{'s' if count != 1 else ''} of {size}" for size, count in found.items())
 
 
 def sized(method: Method, length: int, blocks: dict[int, int]) -> Method:

@@ -18,12 +18,11 @@ import numpy as np
 
 from parscan.checks import is_inexact
 from parscan.jacobians import Evidence, Index, Pattern
-from parscan.jaxprs import Dependence, Program, components, dependence, equations, influenced_by, moves_only, pattern, variation
-from parscan.layout import ByAxes, Group, Layout, Raveled
+from parscan.jaxprs import Dependence, Program, components, dependence, equations, in_floats, influenced_by, moves_only, pattern, variation
+from parscan.layout import ByAxes, Group, Layout, Order, Raveled
 
 Steps = tuple[tuple[Program, bool], ...]  # the layers of a chain; whether the layer is followed by its like, so that its states share a layout
 Leaf = tuple[int, int]  # which state, which of its floating-point leaves
-Order = tuple[tuple[ByAxes | Raveled, ...], tuple[Group, ...]]
 
 ELEMENTS = 2**22  # elements of all variables together up to which dependences are followed one by one
 ENTRIES = 2**21  # entries of a pattern up to which it is written down
@@ -58,6 +57,12 @@ class Block:
     shared: list[list[tuple[bool, ...]]]
 
 
+def states_of(steps: Steps) -> list[list[Any]]:
+    """Of every state of a chain, the abstract values of its floating-point leaves."""
+    states = [*(program.avals[1] for program, _ in steps), steps[-1][0].out_avals[0]]
+    return [[aval for aval in state if is_inexact(aval)] for state in states]
+
+
 @functools.lru_cache(maxsize=4096)
 def proved(steps: Steps) -> Proof:
     """The proof for a chain of layers."""
@@ -76,21 +81,16 @@ class Derivative:
 
     def __init__(self, program: Program):
         consts, carry, x = program.avals
-        self.floats = [i for i, aval in enumerate(carry) if is_inexact(aval)]
-        self.tangents = range(len(self.floats))
-        self.known = {len(self.floats) + i: value for i, value in program.known.items()}
-        self.moving = range(len(self.floats) + len(consts), len(self.floats) + len(consts) + len(carry) + len(x))
+        floats = [aval for aval in carry if is_inexact(aval)]
+        self.tangents = range(len(floats))
+        self.known = {len(floats) + i: value for i, value in program.known.items()}
+        self.moving = range(len(floats) + len(consts), len(floats) + len(consts) + len(carry) + len(x))
 
         def push(tangents, consts, carry, x):
-            def new_carry(some):
-                full = list(carry)
-                for i, value in zip(self.floats, some, strict=True):
-                    full[i] = value
-                return [leaf for leaf in program(consts, full, x)[0] if is_inexact(leaf)]
+            new_carry, places = in_floats(lambda full: program(consts, full, x)[0], carry)
+            return jax.jvp(new_carry, ([carry[i] for i in places],), (list(tangents),))[1]
 
-            return jax.jvp(new_carry, ([carry[i] for i in self.floats],), (list(tangents),))[1]
-
-        self.closed = jax.make_jaxpr(push)([carry[i] for i in self.floats], consts, carry, x)
+        self.closed = jax.make_jaxpr(push)(floats, consts, carry, x)
 
     @functools.cached_property
     def dependence(self) -> list[Dependence]:
@@ -141,8 +141,7 @@ class _Chain:
         self.place = [0]
         for _, repeats in steps:
             self.place.append(self.place[-1] + (not repeats))
-        states = [[a for a in state if is_inexact(a)] for state in (*(program.avals[1] for program, _ in steps), steps[-1][0].out_avals[0])]
-        self.shapes = {(p, i): tuple(a.shape) for p, state in zip(self.place, states, strict=True) for i, a in enumerate(state)}
+        self.shapes = {(p, i): tuple(a.shape) for p, state in zip(self.place, states_of(steps), strict=True) for i, a in enumerate(state)}
         self.states = self.place[-1] + 1
         self.edges = [
             ((self.place[r + 1], new), (self.place[r], old), dims)
@@ -373,19 +372,12 @@ def active_leaves(
 def _influences(program: Program) -> list[frozenset[int]]:
     """For every leaf of the new carry, then of y: the inputs, counted through consts, carry and x, on which its derivative depends."""
     inputs = [aval for part in program.avals for aval in part]
-    before, count = len(program.avals[0]), program.num_carry
-    floats = [i for i, aval in enumerate(inputs) if is_inexact(aval)]
     outs = [aval for part in program.out_avals for aval in part]
+    floats = [i for i, aval in enumerate(inputs) if is_inexact(aval)]
 
     def derivative(tangents, inputs):
-        def of_floats(some):
-            full = list(inputs)
-            for i, value in zip(floats, some, strict=True):
-                full[i] = value
-            new, ys = program(full[:before], full[before : before + count], full[before + count :])
-            return [leaf for leaf in (*new, *ys) if is_inexact(leaf)]
-
-        return jax.jvp(of_floats, ([inputs[i] for i in floats],), (list(tangents),))[1]
+        of_floats, places = in_floats(program.flat, inputs)
+        return jax.jvp(of_floats, ([inputs[i] for i in places],), (list(tangents),))[1]
 
     closed = jax.make_jaxpr(derivative)([inputs[i] for i in floats], inputs)
     found = iter(dependence(closed, range(len(floats))))

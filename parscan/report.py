@@ -12,11 +12,12 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
-from parscan import costs, drawing, jaxprs
+from parscan import costs, drawing
 from parscan.checks import is_inexact, named_leaves
 from parscan.claims import Claim
 from parscan.costs import STAGES, Step
-from parscan.jaxprs import Program
+from parscan.jaxprs import Mixing, Program, mixings
+from parscan.layout import in_words
 from parscan.methods import Method
 from parscan.proof import Derivative, derivative
 from parscan.structure import Structure
@@ -191,10 +192,10 @@ class Plan:
 # --- why: in words --------------------------------------------------------------------------------------------------------
 
 
-def _mixings(program: Program) -> list[Any]:
+def _mixings(program: Program) -> list[Mixing]:
     """The equations of a step's derivative that mix entries along an axis. Of this very program: an equal one may stand elsewhere in the user's files."""
     own = Derivative(program)
-    return getattr(jaxprs, "mixings", lambda closed, tangents: [])(own.closed, own.tangents)
+    return mixings(own.closed, own.tangents)
 
 
 def _sentences(given: Given, r: int) -> Iterator[str]:
@@ -264,8 +265,7 @@ def _entry(label: str, text: str) -> list[str]:
 
 
 def _structure(plan: Plan) -> str:
-    found = ", ".join(f"{count} block{'s' if count != 1 else ''} of {size}" for size, count in plan.blocks.items())
-    return f"{plan.kind}, {found}" if found else f"kind {plan.kind}"
+    return f"{plan.kind}, {in_words(plan.blocks, ', ')}" if plan.blocks else f"kind {plan.kind}"
 
 
 def _human(number: int) -> tuple[str, str]:

@@ -15,13 +15,12 @@ import numpy as np
 from jax import Array
 
 from parscan import jacobians
-from parscan.checks import is_inexact
 from parscan.claims import Claim, claimed
 from parscan.factored import Bottleneck, Sides, bottleneck, sides
 from parscan.jacobians import BlockDiagonal, Dense, Diagonal, DirectSum, Evidence, Form, Identity, Index, Jacobian, Kronecker, LowRank, recognised
 from parscan.jaxprs import Program
-from parscan.layout import Group, Layout
-from parscan.proof import Derivative, Order, Steps, derivative, proved
+from parscan.layout import Group, Layout, Order
+from parscan.proof import Derivative, Steps, derivative, proved, states_of
 
 SMALLEST_FACTORED = 4  # blocks of this width on are looked into for factors
 
@@ -60,22 +59,25 @@ class Forms:
 
     def jacobian(self, images: Array) -> Any:
         """From the images of the seeds, (..., pushes, p), the Jacobians."""
-        parts = []
+        blocks = []
         some = jacobians.split(images, [group.size for group in self.after])
         for own, group, form, shared in zip(some, self.after, self.each, self.shared, strict=True):
             own = own[..., : form.pushes, :].reshape(*own.shape[:-2], form.pushes, *group.counts, group.width)
             own = own[(..., *(slice(0, 1) if same else slice(None) for same in shared), slice(None))]
             own = jnp.moveaxis(own, -2 - len(shared), -2)
-            inner = form.kind.from_images(own, form)
-            parts.append(BlockDiagonal(inner, group.counts) if group.counts else inner)
+            blocks.append(form.kind.from_images(own, form))
+        return self.of_blocks(blocks)
+
+    def of_blocks(self, blocks: Sequence[Any]) -> Any:
+        """The whole, from the blocks of every group, stacked along leading axes."""
+        parts = [BlockDiagonal(inner, group.counts) if group.counts else inner for inner, group in zip(blocks, self.after, strict=True)]
         return parts[0] if len(parts) == 1 else DirectSum(tuple(parts))
 
     def around(self, inner: Any) -> Any:
         """Of a single group, from its blocks with leading axes (L, *counts)."""
-        ((group,), (shared,)) = self.after, self.shared
+        (shared,) = self.shared
         places = (slice(None), *(slice(0, 1) if same else slice(None) for same in shared))
-        inner = jax.tree.map(lambda x: x[places], inner)
-        return BlockDiagonal(inner, group.counts) if group.counts else inner
+        return self.of_blocks([jax.tree.map(lambda x: x[places], inner)])
 
     def closed(self) -> Forms:
         """The same with kinds whose products are of that kind: elementwise groups are diagonal, blocks of all others dense, none of them shared."""
@@ -109,10 +111,15 @@ class Structure:
     def kind(self) -> str:
         """The name of the Jacobians' kind: that of the blocks, where all that mix are of one special kind."""
         names = {form.kind.__name__ for group, form in zip(self.before.groups, self.along.each, strict=True) if group.size}
-        mixing = names - {"Identity", "Diagonal"} or (names - {"Identity"} if len(names) > 1 else names)
-        if len(mixing) != 1 or mixing == {"Dense"}:
-            return "Dense" if len(names) == 1 and sum(self.before.blocks.values()) == 1 else "BlockDiagonal"
-        return mixing.pop()
+        return kind_name(names, sum(self.before.blocks.values()))
+
+
+def kind_name(names: set[str], blocks: int) -> str:
+    """What so many blocks of these kinds are called together: as those that mix, where they are of one special kind."""
+    mixing = names - {"Identity", "Diagonal"} or (names - {"Identity"} if len(names) > 1 else names)
+    if len(mixing) != 1 or mixing == {"Dense"}:
+        return "Dense" if blocks == 1 else "BlockDiagonal"
+    return next(iter(mixing))
 
 
 def structures_of(steps: Sequence[tuple[Program, bool]], claim: Claim | None) -> list[Structure]:
@@ -129,7 +136,7 @@ def structures_of(steps: Sequence[tuple[Program, bool]], claim: Claim | None) ->
 
 @functools.lru_cache(maxsize=4096)
 def _structures(steps: Steps, claim: Claim | None) -> list[Structure]:
-    states = [[aval for aval in state if is_inexact(aval)] for state in (*(program.avals[1] for program, _ in steps), steps[-1][0].out_avals[0])]
+    states = states_of(steps)
     wide = any(jnp.dtype(a.dtype).itemsize == 8 for state in states for a in state)
     dtype = jnp.dtype(jnp.float64 if wide else jnp.float32)
     proof = proved(tuple(steps)) if claim is None else None

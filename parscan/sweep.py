@@ -117,8 +117,13 @@ def _through_order(journey: list[tuple[Chain, Array]], start: Array, method: Met
 
 def order_of_products(counts: Sequence[int], ends: Sequence[Sequence[Group]]) -> order.Order:
     """The order for stacks of maps between vectors with these groups."""
-    widths = tuple(tuple(group.side for group in groups) for groups in ends)
-    return order.ordered(tuple(counts), widths, tuple(max(groups[i].blocks for groups in ends) for i in range(len(ends[0]))))
+    return order.ordered(tuple(counts), *sides_and_blocks(ends))
+
+
+def sides_and_blocks(ends: Sequence[Sequence[Group]]) -> tuple[tuple[tuple[int, ...], ...], tuple[int, ...]]:
+    """Of every vector the sides of its groups' blocks, and of every group how many blocks there are."""
+    sides = tuple(tuple(group.side for group in groups) for groups in ends)
+    return sides, tuple(max(group.blocks for group in groups) for groups in zip(*ends, strict=True))
 
 
 class Folded:

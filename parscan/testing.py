@@ -14,7 +14,7 @@ import numpy as np
 from parscan.checks import coordinate, is_inexact
 from parscan.claims import Band, Blocks, Claim, parse_structure
 from parscan.debug import StructureError, names_of
-from parscan.jaxprs import Program, obstacle
+from parscan.jaxprs import Program, in_floats, obstacle
 from parscan.layout import Layout
 from parscan.network import is_sequence, read_sequence
 from parscan.proof import derivative, proved
@@ -337,16 +337,9 @@ class _Check:
 
 def _pulled(program: Program, after: Layout, consts: Sequence[Any], state: Sequence[Any], x: Sequence[Any], cotangents: Any) -> Any:
     """Rows of the Jacobian, (k, old coordinates), combined by cotangents (k, new coordinates); both raveled leaf after leaf."""
-    floats = [i for i, leaf in enumerate(state) if is_inexact(leaf)]
+    new_state, places = in_floats(lambda full: program(consts, full, x)[0], state)
     bounds = np.cumsum([int(np.prod(shape)) for shape in after.shapes])
-
-    def new_state(some):
-        full = list(state)
-        for i, value in zip(floats, some, strict=True):
-            full[i] = value
-        return [leaf for leaf in program(consts, full, x)[0] if is_inexact(leaf)]
-
-    _, back = jax.vjp(new_state, [state[i] for i in floats])
+    _, back = jax.vjp(new_state, [state[i] for i in places])
 
     def pull(cotangent):
         leaves = [leaf.reshape(shape).astype(dtype) for leaf, shape, dtype in zip(jnp.split(cotangent, bounds[:-1]), after.shapes, after.dtypes, strict=True)]

@@ -10,6 +10,7 @@ import jax
 import numpy as np
 from programs import RandomProgram
 from scipy.sparse import coo_array, csgraph
+from support import labels_of_blocks
 
 from parscan.jaxprs import Flat, Program, components, pattern, trace
 from parscan.jaxprs.program import equations
@@ -58,9 +59,8 @@ def prove(program: Program, values: Sequence[Any], closed_over: int) -> Proof:
     found, labels = pattern(closed, tangents, known, LIMIT), components(closed, tangents, known, LIMIT)
     assert found is not None and labels is not None
     layout = structures_of([(program, True)], None)[0].before
-    sides = [group.side for group in layout.groups for _ in range(group.blocks)]
     used = np.zeros(sum(aval.size for aval in carry), int)
-    used[layout.order()] = np.repeat(np.arange(len(sides)), sides)
+    used[layout.order()] = labels_of_blocks(layout)
     return Proof(found.toarray(), joined(*labels), used, [eqn.primitive.name for eqn in equations(program.jaxpr)])
 
 

@@ -199,3 +199,33 @@ def derivative_of(step: Any, state: Any) -> tuple[Any, range]:
         return jax.jvp(lambda some: program(consts, some, [])[0], (leaves,), (tangents,))[1]
 
     return jax.make_jaxpr(derivative)(leaves, leaves), range(len(leaves))
+
+
+# --- steps and random programs that several tests use ---------------------------------------------------------------------------
+
+
+@jax.custom_jvp
+def round_through(x):
+    """Rounds; its derivative is that of the identity."""
+    return jnp.round(x)
+
+
+round_through.defjvp(lambda primals, tangents: (round_through(*primals), tangents[0]))
+
+
+def composed(program: Any, unary: list, binary: list) -> Any:
+    """A step from (which unary operation, which binary one, which earlier value it joins) for each operation."""
+
+    def step(h):
+        values = [h]
+        for one, two, which in program:
+            values.append(binary[two](unary[one](values[-1]), values[which % len(values)]))
+        return values[-1]
+
+    return step
+
+
+def labels_of_blocks(layout: Any) -> np.ndarray:
+    """For every entry of a layout's vector, which block it is in."""
+    sides = [group.side for group in layout.groups for _ in range(group.blocks)]
+    return np.repeat(np.arange(len(sides)), sides)

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import lax
-from support import equations
+from support import equations, round_through
 
 import parscan
 from parscan import testing as checking
@@ -22,14 +22,6 @@ each_dtype = pytest.mark.parametrize("dtype", ["float32", "float64"])
 
 def normal(dtype, *shape, seed=0):
     return jnp.asarray(np.random.default_rng(seed).standard_normal(shape), dtype)
-
-
-@jax.custom_jvp
-def round_through(x):
-    return jnp.round(x)
-
-
-round_through.defjvp(lambda primals, tangents: (round_through(*primals), tangents[0]))
 
 
 @jax.custom_vjp

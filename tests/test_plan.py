@@ -252,12 +252,12 @@ def test_levels_of_closed_kinds():
 def test_a_growing_kind_is_followed_to_what_it_becomes():
     one = Growing(jax.ShapeDtypeStruct((4,), np.float32))
     found = costs.level_by_level(one, 4)
-    assert [costs.kind_name(m) for m in found] == ["Growing", "Dense", "Dense", "Dense"]
+    assert [costs.name_of(m) for m in found] == ["Growing", "Dense", "Dense", "Dense"]
     assert [m.nbytes for m in found] == [16, 64, 64, 64]
     blocks = BlockDiagonal(Growing(jax.ShapeDtypeStruct((5, 4), np.float32)), (5,))
-    assert [costs.kind_name(m) for m in costs.level_by_level(blocks, 2)] == ["Growing", "BlockDiagonal"]
-    assert costs.kind_name(DirectSum((Identity(3), one))) == "Growing"
-    assert costs.kind_name(DirectSum((Dense(jnp.ones((2, 2))), Dense(jnp.ones((3, 3)))))) == "BlockDiagonal"
+    assert [costs.name_of(m) for m in costs.level_by_level(blocks, 2)] == ["Growing", "BlockDiagonal"]
+    assert costs.name_of(DirectSum((Identity(3), one))) == "Growing"
+    assert costs.name_of(DirectSum((Dense(jnp.ones((2, 2))), Dense(jnp.ones((3, 3)))))) == "BlockDiagonal"
 
 
 def test_the_tree_is_counted_as_what_its_kinds_become(monkeypatch):

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax import lax
-from support import assert_close
+from support import assert_close, composed, labels_of_blocks, round_through
 
 import parscan
 
@@ -47,14 +47,6 @@ def layer_norm(h, x):
 
 def dropout(h, x):
     return jnp.tanh(h @ W) * jax.random.bernoulli(jax.random.key(3), 0.5, h.shape)
-
-
-@jax.custom_jvp
-def round_through(x):
-    return jnp.round(x)
-
-
-round_through.defjvp(lambda primals, tangents: (round_through(*primals), tangents[0]))
 
 
 @jax.custom_jvp
@@ -325,17 +317,11 @@ def test_nothing_outside_the_blocks(program, seed):
     from parscan.jaxprs import Flat, trace
     from parscan.structure import structures_of
 
-    def step(h):
-        values = [h]
-        for unary, binary, which in program:
-            values.append(BINARY[binary](UNARY[unary](values[-1]), values[which % len(values)]))
-        return values[-1]
-
+    step = composed(program, UNARY, BINARY)
     h = jnp.asarray(np.random.default_rng(seed).standard_normal((3, 4)))
     traced, _, _ = trace(lambda _, h, x: step(h), Flat.of(()), Flat.of(h), Flat.of(()))
     layout = structures_of([(traced, True)], None)[0].before
     order = layout.order()
     jacobian = np.asarray(jax.jacobian(step)(h)).reshape(12, 12)[order][:, order]
-    sides = [group.side for group in layout.groups for _ in range(group.blocks)]
-    block = np.repeat(np.arange(len(sides)), sides)
+    block = labels_of_blocks(layout)
     assert np.all(jacobian[block[:, None] != block[None, :]] == 0)

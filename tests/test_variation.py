@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax import lax
 from jax.extend import core
-from support import derivative_of
+from support import composed, derivative_of
 
 from parscan.jaxprs import dependence, variation
 
@@ -274,13 +274,7 @@ choices = st.tuples(st.integers(0, len(UNARY) - 1), st.integers(0, len(BINARY) -
 @settings(max_examples=25, deadline=None)
 @given(st.lists(choices, min_size=1, max_size=4), st.integers(0, 2**31 - 1))
 def test_blocks_are_equal_where_nothing_varies(program, seed):
-    def step(h):
-        values = [h]
-        for unary, binary, which in program:
-            values.append(BINARY[binary](UNARY[unary](values[-1]), values[which % len(values)]))
-        return values[-1]
-
-    check(step, jnp.asarray(np.random.default_rng(seed).standard_normal((3, 4, 2))))
+    check(composed(program, UNARY, BINARY), jnp.asarray(np.random.default_rng(seed).standard_normal((3, 4, 2))))
 
 
 @pytest.mark.parametrize("unary", range(len(UNARY)))

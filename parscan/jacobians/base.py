@@ -115,24 +115,30 @@ def kind(*, static: tuple[str, ...] = ()):
     return register
 
 
-class Index:
+class _ByValue:
+    """Equal to any other of its class with the same key."""
+
+    _key: tuple[Any, ...]
+
+    def __hash__(self) -> int:
+        return hash(self._key)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, type(self)) and self._key == other._key
+
+
+class Index(_ByValue):
     """A constant array of integers that compares by value."""
 
     def __init__(self, values: Any):
         self.values = np.ascontiguousarray(values, np.int32)
         self._key = (self.values.shape, self.values.tobytes())
 
-    def __hash__(self) -> int:
-        return hash(self._key)
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, Index) and self._key == other._key
-
     def __repr__(self) -> str:
         return f"Index({np.array2string(self.values, threshold=8, separator=', ')})"
 
 
-class Pattern:
+class Pattern(_ByValue):
     """Where a matrix may be non-zero: `rows[k]`, `columns[k]`, sorted by row and then by column, of a (p, n) matrix. Compares by value."""
 
     def __init__(self, shape: tuple[int, int], rows: np.ndarray, columns: np.ndarray):
@@ -146,12 +152,6 @@ class Pattern:
         """The non-zeros of a matrix, NumPy's or SciPy's."""
         rows, columns = matrix.nonzero()
         return cls(tuple(matrix.shape), rows, columns)
-
-    def __hash__(self) -> int:
-        return hash(self._key)
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, Pattern) and self._key == other._key
 
     def __repr__(self) -> str:
         return f"Pattern({self.shape[0]} × {self.shape[1]}, {self.count} entries)"

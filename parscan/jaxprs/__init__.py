@@ -6,7 +6,7 @@ from parscan.jaxprs.dependence import Dependence, Mixing, dependence, influenced
 from parscan.jaxprs.elements import components, pattern
 from parscan.jaxprs.factors import Cut, Separable, cuts, separable
 from parscan.jaxprs.obstacles import is_batchable, obstacle
-from parscan.jaxprs.program import Flat, Program, equations, jit_unless_staged, slice_spec, trace
+from parscan.jaxprs.program import Flat, Program, equations, in_floats, jit_unless_staged, slice_spec, trace
 from parscan.jaxprs.staging import staged
 from parscan.jaxprs.variation import variation
 
@@ -24,6 +24,7 @@ __all__ = [
     "equations",
     "flops",
     "flops_on",
+    "in_floats",
     "influenced_by",
     "is_batchable",
     "jit_unless_staged",

@@ -21,16 +21,23 @@ def flops_on(jaxpr: AnyJaxpr, inputs: Sequence[int]) -> int:
 
     Of a derivative, asked about its tangents: what pushing one more vector costs, all else being at hand.
     """
+    total = 0
+    for eqn, touched in _touched(jaxpr, inputs):
+        inner = list(sub_jaxprs(list(eqn.params.values())))
+        called = len(inner) == 1 and eqn.primitive.name in ("jit", "pjit", "closed_call", "remat", "remat2", "checkpoint")
+        total += flops_on(inner[0], touched) if called else _of(eqn)
+    return total
+
+
+def _touched(jaxpr: AnyJaxpr, inputs: Sequence[int]) -> Iterator[tuple[Any, list[int]]]:
+    """The equations that depend on these inputs, and which of their operands do."""
     body = open_jaxpr(jaxpr)
-    reached, total = {body.invars[i] for i in inputs}, 0
+    reached = {body.invars[i] for i in inputs}
     for eqn in body.eqns:
         touched = [i for i, a in enumerate(eqn.invars) if isinstance(a, core.Var) and a in reached]
         if touched:
-            inner = list(sub_jaxprs(list(eqn.params.values())))
-            called = len(inner) == 1 and eqn.primitive.name in ("jit", "pjit", "closed_call", "remat", "remat2", "checkpoint")
-            total += flops_on(inner[0], touched) if called else _of(eqn)
             reached.update(eqn.outvars)
-    return total
+            yield eqn, touched
 
 
 _MOVES = frozenset("broadcast_in_dim reshape transpose squeeze slice concatenate convert_element_type copy copy_p pad rev iota".split())
@@ -52,19 +59,9 @@ _LINEAR = _MOVES | frozenset("add add_any sub neg mul dot_general reduce_sum spl
 
 def masks_nothing(jaxpr: AnyJaxpr, inputs: Sequence[int] | None = None) -> bool:
     """Whether a linear program only adds, multiplies and moves: no part of it decides what may pass. With `inputs`: what becomes of these."""
-    touched = open_jaxpr(jaxpr).eqns if inputs is None else list(_touched(jaxpr, inputs))
+    touched = open_jaxpr(jaxpr).eqns if inputs is None else [eqn for eqn, _ in _touched(jaxpr, inputs)]
     every = [one for eqn in touched for one in (eqn, *(e for inner in sub_jaxprs(list(eqn.params.values())) for e in equations(inner)))]
     return all(eqn.primitive.name in _LINEAR for eqn in every)
-
-
-def _touched(jaxpr: AnyJaxpr, inputs: Sequence[int]) -> Iterator[Any]:
-    """The equations that depend on these inputs."""
-    body = open_jaxpr(jaxpr)
-    moved = {body.invars[i] for i in inputs}
-    for eqn in body.eqns:
-        if any(isinstance(a, core.Var) and a in moved for a in eqn.invars):
-            moved.update(eqn.outvars)
-            yield eqn
 
 
 _PLACES = _MOVES - {"pad", "iota", "convert_element_type"} | {"gather", "split", "stack", "unstack", "expand_dims"}
@@ -72,13 +69,7 @@ _PLACES = _MOVES - {"pad", "iota", "convert_element_type"} | {"gather", "split",
 
 def moves_only(jaxpr: AnyJaxpr, inputs: Sequence[int]) -> bool:
     """Whether these inputs are only moved and copied on their way to the outputs."""
-    body = open_jaxpr(jaxpr)
-    moved = {body.invars[i] for i in inputs}
-    for eqn in body.eqns:
-        touched = [i for i, a in enumerate(eqn.invars) if isinstance(a, core.Var) and a in moved]
-        if not touched:
-            continue
-        moved.update(eqn.outvars)
+    for eqn, touched in _touched(jaxpr, inputs):
         inner = list(sub_jaxprs(list(eqn.params.values())))
         called = len(inner) == 1 and eqn.primitive.name in ("jit", "pjit") and moves_only(inner[0], touched)
         by_value = eqn.primitive.name == "gather" and touched != [0]

@@ -7,8 +7,8 @@ from typing import Any
 
 import jax
 
-from parscan.checks import is_complex, is_inexact
-from parscan.jaxprs.program import Program, equations, open_jaxpr, sub_jaxprs
+from parscan.checks import is_complex
+from parscan.jaxprs.program import Program, equations, in_floats, open_jaxpr, sub_jaxprs
 from parscan.jaxprs.sources import where
 
 
@@ -83,11 +83,7 @@ def _axis_names(params: dict[str, Any]) -> list[Any]:
 def _pull_back(program: Program, consts: Any, carry: Any, x: Any) -> Any:
     """The shape of a pull-back through everything differentiable: fails where JAX would."""
 
-    def differentiable(some):
-        full = iter(some)
-        rebuilt = [next(full) if is_inexact(leaf) else leaf for leaf in (*consts, *carry, *x)]
-        outs = program(rebuilt[: len(consts)], rebuilt[len(consts) : len(consts) + len(carry)], rebuilt[len(consts) + len(carry) :])
-        return [leaf for leaf in (*outs[0], *outs[1]) if is_inexact(leaf)]
-
-    outs, pull = jax.vjp(differentiable, [leaf for leaf in (*consts, *carry, *x) if is_inexact(leaf)])
+    leaves = [*consts, *carry, *x]
+    differentiable, places = in_floats(program.flat, leaves)
+    outs, pull = jax.vjp(differentiable, [leaves[i] for i in places])
     return pull(outs)

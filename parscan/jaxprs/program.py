@@ -66,8 +66,12 @@ class Program:
         self.is_portable = not any(_closes_over_tracers(eqn) for eqn in equations(self.jaxpr))  # may be compiled apart from where it was traced
 
     def __call__(self, consts: Sequence[Any], carry: Sequence[Any], x: Sequence[Any]) -> tuple[list[Any], list[Any]]:
-        outs = core.jaxpr_as_fun(self.jaxpr)(*consts, *carry, *x)
-        return list(outs[: self.num_new]), list(outs[self.num_new :])
+        outs = self.flat([*consts, *carry, *x])
+        return outs[: self.num_new], outs[self.num_new :]
+
+    def flat(self, leaves: Sequence[Any]) -> list[Any]:
+        """The new carry and y, from consts, carry and x in one list."""
+        return list(core.jaxpr_as_fun(self.jaxpr)(*leaves))
 
     def __hash__(self) -> int:
         return self._hash
@@ -144,6 +148,19 @@ def trace(f: Callable, consts: Flat, carry: Flat, x: Flat, *, emits: bool = Fals
     values = [*closed.consts, *consts.leaves]
     new = len(carry.leaves) if emits else found[-1].num_leaves
     return Program(closed, len(values), len(carry.leaves), new), values, found[-1]
+
+
+def in_floats(f: Callable[[list[Any]], Sequence[Any]], leaves: Sequence[Any]) -> tuple[Callable[[Sequence[Any]], list[Any]], list[int]]:
+    """f as a function of the floating-point ones among its `leaves`, to those of what it returns; and which ones these leaves are."""
+    places = [i for i, leaf in enumerate(leaves) if is_inexact(leaf)]
+
+    def of_floats(some):
+        full = list(leaves)
+        for i, value in zip(places, some, strict=True):
+            full[i] = value
+        return [leaf for leaf in f(full) if is_inexact(leaf)]
+
+    return of_floats, places
 
 
 def part(body: Any, invars: Sequence[Any], eqns: Sequence[Any], outvars: Sequence[Any]) -> Callable[..., list[Any]]:
