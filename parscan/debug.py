@@ -67,14 +67,15 @@ def _denies_nothing(structure: Structure) -> bool:
 def _check(run: Linearised, watch: Watch) -> None:
     """At every stored state a random vector is pushed through the step, and multiplied by the formed Jacobian."""
     still = replace(run, **{name: [lax.stop_gradient(leaf) for leaf in getattr(run, name)] for name in ("consts", "xs", "states")})
-    forms, dtype = run.structure.along, run.before.dtype
-    vector, seeds = jax.random.normal(jax.random.key(0), (run.before.size,), dtype), forms.seeds(dtype)
+    vector = jax.random.normal(jax.random.key(0), (run.before.size,), run.before.dtype)
+    own, form = still.forming(transposed=False)
 
-    def one(data):
-        formed = forms.jacobian(jax.vmap(partial(still.push, data))(seeds)).apply(vector)
+    def one(some):
+        data, own = some
+        (formed,) = form(jax.tree.map(lambda leaf: leaf[None], own)).apply(vector[None])
         return _compared(formed, still.push(data, vector))
 
-    found = lax.map(one, still.data, batch_size=AT_ONCE)
+    found = lax.map(one, (still.data, own), batch_size=AT_ONCE)
     step = jnp.argmax(found[0])
     jax.debug.callback(partial(_complain, watch, run.after, _tolerance(run)), step, *(each[step] for each in found))
 

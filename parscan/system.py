@@ -118,33 +118,34 @@ class Linearised:
     def after(self) -> Layout:
         return self.structure.after
 
+    def crossing(self, *, transposed: bool) -> tuple[Any, Callable[[Any, Array], Array]]:
+        """(data with leading axis L, map of (one entry of data, vector) to the vector that leaves that step)."""
+        entering = self.after if transposed else self.before
+        return staged(self.pull if transposed else self.push, self.data, jax.ShapeDtypeStruct((entering.size,), entering.dtype))
+
+    def forming(self, *, transposed: bool) -> tuple[Any, Callable[[Any], Any]]:
+        """(data with leading axis L, map of stacked entries of data to their Jacobians, or the transposes)."""
+        if self.structure.factored is not None:
+            return self.data, partial(self._from_factors, transposed=transposed)
+        (data, linear), forms = self.crossing(transposed=transposed), self.structure.forms(transposed=transposed)
+        seeds = forms.seeds(self.before.dtype)
+        return data, lambda data: forms.jacobian(jax.vmap(jax.vmap(linear, (None, 0)), (0, None))(data, seeds))
+
     def chain(self, *, transposed: bool) -> Chain:
         """The steps as linear maps: their Jacobians, or the transposes."""
-        ends = (self.before, self.after)
-
-        def crossing(transposed):
-            entering = ends[transposed]
-            return staged(self.pull if transposed else self.push, self.data, jax.ShapeDtypeStruct((entering.size,), entering.dtype))
-
-        def forming(transposed: bool) -> tuple[Any, Callable[[Any], Any]]:
-            if self.structure.factored is not None:
-                return self.data, partial(self._from_factors, transposed=transposed)
-            (data, linear), forms = crossing(transposed), self.structure.forms(transposed=transposed)
-            seeds = forms.seeds(ends[0].dtype)
-            return data, lambda data: forms.jacobian(jax.vmap(jax.vmap(linear, (None, 0)), (0, None))(data, seeds))
 
         def cheaper():
             """Rows or columns: a weight meets the basis before it meets anything of the step from one side only, and then once for all.
 
             From the other side only where nothing is masked: what a mask keeps out on the way there, 0 · inf, it lets in on the way back.
             """
-            ways: list[tuple[bool, Any, Any]] = [(transposed, *forming(transposed))]
+            ways = [(transposed, *self.forming(transposed=transposed))]
             if self.structure.factored is None and masks_nothing(jax.make_jaxpr(ways[0][2])(ways[0][1])):
-                ways.append((not transposed, *forming(not transposed)))
+                ways.append((not transposed, *self.forming(transposed=not transposed)))
             way, data, form = min(ways, key=lambda way: flops(jax.make_jaxpr(way[2])(way[1])))
             return data, form if way == transposed else lambda data: form(data).transpose()
 
-        return Chain(lambda: crossing(transposed), cheaper, self.structure.forms(transposed=transposed), self.structure.same)
+        return Chain(lambda: self.crossing(transposed=transposed), cheaper, self.structure.forms(transposed=transposed), self.structure.same)
 
     def _from_factors(self, data: Any, *, transposed: bool) -> Any:
         """Jacobians of stacked steps, or their transposes, without pushing a basis of the state."""

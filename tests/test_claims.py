@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import lax
-from support import equations, round_through
+from support import assert_close, equations, round_through
 
 import parscan
 from parscan import testing as checking
@@ -456,3 +456,19 @@ def test_debug_finds_a_proof_that_is_wrong(monkeypatch):
         from parscan import structure
 
         structure._structures.cache_clear()
+
+
+@pytest.mark.parametrize("kind, shape", [("LowRank", (3, 12)), ("Kronecker", (2, 4, 4)), ("Banded", (2, 9)), ("Permutation", (2, 5))])
+def test_debug_checks_every_kind_as_it_is_formed(kind, shape):
+    down, up, left = normal("float64", 12, 2) / 4, normal("float64", 2, 12, seed=1) / 4, normal("float64", 4, 4, seed=2) / 2
+    step = {
+        "LowRank": lambda h: h + jnp.tanh(h @ down) @ up,
+        "Kronecker": lambda h: jnp.tanh(left @ h @ left.T),
+        "Banded": lambda h: jnp.tanh(h).at[:, 1:].add(0.3 * jnp.sin(h[:, :-1])),
+        "Permutation": lambda h: jnp.tanh(h)[:, ::-1],
+    }[kind]
+    f, state = lambda h, x: (step(h) + 0.1 * x, None), normal("float64", *shape, seed=3)
+    xs = normal("float64", 5, *shape, seed=4)
+    assert parscan.plan(f, state, xs, method="tree").kind == kind
+    gradient = lambda scan, **options: jax.jit(jax.grad(lambda h: jnp.sum(scan(f, h, xs, **options)[0] ** 2)))(state)
+    assert_close(gradient(parscan.scan, method="tree", debug=True), gradient(jax.lax.scan), 1e-10)
