@@ -11,9 +11,9 @@ import jax
 
 from parscan.claims import Claim
 from parscan.costs import Step
-from parscan.jaxprs import Program, flops, obstacle
+from parscan.jaxprs import Program, bytes_of_variables, flops, has_products, obstacle
 from parscan.layout import blocks_in_words
-from parscan.methods import Associative, Chunked, Lax, Method, Tree, Walk
+from parscan.methods import Associative, Chunked, Lax, Method, Sequential, Tree, Walk
 from parscan.order import Order
 from parscan.report import Given, Plan
 from parscan.structure import Structure, blocks_of, kind_of, structures_of
@@ -39,6 +39,9 @@ SEGMENT_ENTRIES = 2**17  # numbers in the Jacobians that a walk forms at once: t
 CPU_STATE = 1024  # B·n² up to which forming and walking beats a loop on a CPU
 CPU_BLOCKS = 64  # blocks up to which it does
 CPU_STEP = 2**13  # operations of a step up to which a loop waits more than it computes
+FUSES_LOOPS = jax.__version_info__ >= (0, 12)  # whether XLA makes one kernel of the body of any loop on a CPU
+CPU_SMALL_LOOP = 512  # bytes of all variables of a step up to which it did before
+CPU_LIGHT, CPU_LITTLE = 8, 512  # operations a coordinate, or in all, up to which a step without products waits more than it computes
 ACCELERATOR_LENGTH = 64  # steps from which on it is worth while there
 ACCELERATOR_STATE = 2**18  # B·n² up to which chunk matrices are worth their products on an accelerator
 
@@ -137,6 +140,8 @@ def _planned(steps: Sequence[Step], place: slice, method: Method, reason: str, c
     structures = structures_of([(step.program, step.repeats) for step in some], claim)
     if not any(structure.before.size or structure.after.size for structure in structures):
         return _handed_over(steps, place, fallback, "nothing in the state is differentiable")
+    if isinstance(method, Tree):
+        structures = [structure.multiplied() for structure in structures]
     runs, blocks = tuple(step.count for step in some), blocks_of(structures)
     sizes = sized(method, max(runs), blocks)
     plan = Plan(kind_of(structures), blocks, sizes, reason, sum(runs), runs, _given=Given(tuple(some), tuple(structures), claim))
@@ -181,8 +186,8 @@ def _chosen(step: Step, structure: Structure, fallback: Method, platform: str) -
     if step.program.recomputes:
         return fallback, "a `jax.checkpoint` in the step asks for little memory, which batching all steps would not keep to"
     if platform == "cpu":
-        if blocks == 1 or width == 1:
-            return fallback, f"{name} on a CPU: XLA fuses each step of the loop into one kernel"
+        if blocks == 1 or width == 1 or not has_products(step.program.jaxpr):
+            return _fused_on_cpu(step.program, sum(a.size for a, _ in pairs), name, fallback)
         if flops(step.program.jaxpr) > CPU_STEP:
             return Lax(), f"{name} on a CPU: a step computes enough that a loop hardly waits"
         if state <= CPU_STATE and blocks <= CPU_BLOCKS:
@@ -194,6 +199,18 @@ def _chosen(step: Step, structure: Structure, fallback: Method, platform: str) -
     if state <= ACCELERATOR_STATE:
         return Chunked(), f"{name} on {platform}: the loop's latency outweighs the arithmetic of matrix products"
     return fallback, f"{name} on {platform}: too much arithmetic for matrix products to pay"
+
+
+def _fused_on_cpu(program: Program, coordinates: int, name: str, fallback: Method) -> tuple[Method, str]:
+    """Steps of one block, elementwise ones, and those without matrix products: the loop is as fast as it can be if XLA makes one kernel of its body.
+
+    XLA's compiler for CPUs did so for loops over little memory alone before JAX 0.12, and ran any other kernel by kernel.
+    """
+    if FUSES_LOOPS or bytes_of_variables(program.jaxpr) < CPU_SMALL_LOOP:
+        return fallback, f"{name} on a CPU: XLA fuses each step of the loop into one kernel"
+    if not has_products(program.jaxpr) and flops(program.jaxpr) > max(CPU_LIGHT * coordinates, CPU_LITTLE):
+        return fallback, f"{name} on a CPU: a step computes more than its loop waits"
+    return Sequential(), f"{name} on a CPU: this JAX runs a loop of VJPs kernel by kernel, one of the states' cotangents alone is cheaper"
 
 
 def sized(method: Method, length: int, blocks: dict[int, int]) -> Method:

@@ -79,6 +79,10 @@ class Forms:
         places = (slice(None), *(slice(0, 1) if same else slice(None) for same in shared))
         return self.of_blocks([jax.tree.map(lambda x: x[places], inner)])
 
+    def lasting(self, dtype: Any) -> Forms:
+        """The same with full matrices in the place of blocks of which already the first product is one."""
+        return replace(self, each=tuple(form if _lasts(form, dtype) else Dense.recognised(Evidence(form.shape)) for form in self.each))
+
     def closed(self) -> Forms:
         """The same with kinds whose products are of that kind: elementwise groups are diagonal, blocks of all others dense, none of them shared."""
         each = []
@@ -107,11 +111,29 @@ class Structure:
     def forms(self, *, transposed: bool) -> Forms:
         return self.against if transposed else self.along
 
+    def multiplied(self) -> Structure:
+        """As a tree wants it: what its first product would turn into full matrices anyway is formed as such."""
+        along, against = (forms.lasting(self.before.dtype) for forms in (self.along, self.against))
+        return replace(self, along=along, against=against, factored=self.factored if _are_factored(along) else None)
+
     @property
     def kind(self) -> str:
         """The name of the Jacobians' kind: that of the blocks, where all that mix are of one special kind."""
         names = {form.kind.__name__ for group, form in zip(self.before.groups, self.along.each, strict=True) if group.size}
         return kind_name(names, sum(self.before.blocks.values()))
+
+
+@functools.lru_cache(maxsize=1024)
+def _lasts(form: Form, dtype: Any) -> bool:
+    """Whether the product of two blocks of this form is anything better than a full matrix."""
+    if form.kind is Dense or form.shape[0] != form.shape[1] or 0 in form.shape:
+        return True
+    one = form.abstract(dtype)
+    return not isinstance(jax.eval_shape(jacobians.product, one, one), Dense)
+
+
+def _are_factored(forms: Forms) -> bool:
+    return any(form.kind in (LowRank, Kronecker) for form in forms.each)
 
 
 def kind_name(names: set[str], blocks: int) -> str:
@@ -153,8 +175,7 @@ def _structures(steps: Steps, claim: Claim | None) -> list[Structure]:
         shared = proof.shared[i] if proof is not None else tuple((False,) * len(group.counts) for group in before.groups)
         along = _forms(before.groups, after.groups, one, shared)
         against = _forms(after.groups, before.groups, tuple(some.transpose() for some in one), shared)
-        used = factored if any(form.kind in (LowRank, Kronecker) for form in along.each) else None
-        found.append(Structure(before, after, along, against, proof is not None and proof.same[i], used))
+        found.append(Structure(before, after, along, against, proof is not None and proof.same[i], factored if _are_factored(along) else None))
     return found
 
 

@@ -469,6 +469,6 @@ def test_debug_checks_every_kind_as_it_is_formed(kind, shape):
     }[kind]
     f, state = lambda h, x: (step(h) + 0.1 * x, None), normal("float64", *shape, seed=3)
     xs = normal("float64", 5, *shape, seed=4)
-    assert parscan.plan(f, state, xs, method="tree").kind == kind
+    assert parscan.plan(f, state, xs, method="walk").kind == kind
     gradient = lambda scan, **options: jax.jit(jax.grad(lambda h: jnp.sum(scan(f, h, xs, **options)[0] ** 2)))(state)
-    assert_close(gradient(parscan.scan, method="tree", debug=True), gradient(jax.lax.scan), 1e-10)
+    assert_close(gradient(parscan.scan, method="walk", debug=True), gradient(jax.lax.scan), 1e-10)

@@ -287,7 +287,7 @@ def test_costs():
     assert make("LowRank", (5,)).product_flops == 5 * (2 * 2 * (N + 2 * 2 * N) + 3 * N)
     assert make("Kronecker", (5,)).product_flops == 5 * 2 * (4**3 + 6**3)
     assert make("Kronecker", (5,)).apply_flops == 5 * 2 * N * (4 + 6)
-    assert make("Scaled", (5,)).product_flops == N * make("Scaled", (5,)).apply_flops
+    assert make("Scaled", (5,)).product_flops == 5 * 2 * N**3  # as full matrices
     assert make("BlockDiagonal", (5,)).apply_flops == 3 * 2 * 5 * 3 * N // 3  # one block for three
 
 

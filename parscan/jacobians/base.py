@@ -14,7 +14,7 @@ from jax import Array, lax
 
 from parscan import exponents
 
-_UNROLLED = 8  # up to this size XLA's fused multiply-and-sum beats a call to a GEMM of tiny matrices
+UNROLLED = 8  # up to this size XLA's fused multiply-and-sum beats a call to a GEMM of tiny matrices
 
 
 class Jacobian:
@@ -247,7 +247,7 @@ class Form:
 
 def dot(matrix: Array, vector: Array) -> Array:
     """(..., p, n) times (..., n); a leading axis of length 1 of the matrix stands for any length."""
-    if matrix.shape[-1] <= _UNROLLED:
+    if matrix.shape[-1] <= UNROLLED:
         return (matrix * vector[..., None, :]).sum(-1)
     if matrix.ndim > 2 and matrix.shape[-3] == 1 and vector.ndim > 1 and vector.shape[-2] > 1:  # one matrix for many vectors: a single product
         return jnp.matmul(vector, matrix[..., 0, :, :].swapaxes(-1, -2), precision=lax.Precision.HIGHEST)

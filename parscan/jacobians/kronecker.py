@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from parscan.jacobians.base import Evidence, Form, Jacobian, balanced_columns, kind
+from parscan.jacobians.base import UNROLLED, Evidence, Form, Jacobian, balanced_columns, kind
 from parscan.jacobians.dense import Dense
 
 _DEAD = -(2**20)  # exponent of a factor's column of zeros: whatever the other factor's column has grown to, no infinity is to meet these zeros
@@ -33,7 +33,7 @@ class Kronecker(Jacobian):
     """
 
     shifts_freely: ClassVar[bool] = False
-    pays_below: ClassVar[float] = 0.5
+    pays_below: ClassVar[float] = 0.25
     left: Array
     right: Array
     row_scale: Array | None = None
@@ -57,15 +57,18 @@ class Kronecker(Jacobian):
     def transpose(self) -> Kronecker:
         return Kronecker(self.left.swapaxes(-1, -2), self.right.swapaxes(-1, -2), self.column_scale, self.row_scale)
 
-    def paired(self, first: Kronecker) -> tuple[Kronecker, Any]:
-        """With a scale in between, or matrices that are cut otherwise, the product is no Kronecker product, nor are the exponents in between separable."""
+    def paired(self, first: Kronecker) -> tuple[Any, Any]:
+        """With a scale in between, or matrices that are cut otherwise, the product is no Kronecker product, nor are the exponents in between separable.
+
+        Full matrices are multiplied faster than many small ones, whatever the arithmetic.
+        """
         fit = self.column_scale is None and first.row_scale is None and self.left.shape[-1] == first.left.shape[-2]
-        return self, first if fit else Dense(first.to_dense())
+        return (self, first) if fit else (Dense(self.to_dense()), Dense(first.to_dense()))
 
     def after(self, first: Kronecker) -> Kronecker | Dense:
-        _, other = self.paired(first)
+        own, other = self.paired(first)
         if isinstance(other, Dense):
-            return Dense(jax.vmap(self.apply, in_axes=-1, out_axes=-1)(other.matrix))
+            return own.after(other)
         return Kronecker(_matmul(self.left, first.left), _matmul(self.right, first.right), self.row_scale, first.column_scale)
 
     def balanced(self) -> tuple[Kronecker, Array]:
@@ -91,23 +94,34 @@ class Kronecker(Jacobian):
         return Kronecker(left, right, row_scale, column_scale), exponent
 
     def to_dense(self) -> Array:
-        entries = self.left[..., :, None, :, None] * self.right[..., None, :, None, :]
-        matrix = entries.reshape(*entries.shape[:-4], self.rows, self.size)
+        # By products with an identity: as A[i, k] B[j, l], reshaped, it would be fused into what reads it, index by index, and take several times as long.
+        q, s = self.left.shape[-1], self.right.shape[-1]
+        half = jnp.matmul(self.left, jnp.eye(q * s, dtype=self.left.dtype).reshape(q, s * q * s), precision=lax.Precision.HIGHEST)
+        half = half.reshape(*half.shape[:-1], s, q * s)
+        matrix = jnp.matmul(self.right[..., None, :, :], half, precision=lax.Precision.HIGHEST)
+        matrix = matrix.reshape(*matrix.shape[:-3], self.rows, self.size)
         matrix = matrix if self.row_scale is None else self.row_scale[..., :, None] * matrix
         return matrix if self.column_scale is None else matrix * self.column_scale[..., None, :]
 
     @property
     def product_flops(self) -> int:
         if self.row_scale is not None or self.column_scale is not None:
-            return self.size * self.apply_flops
+            return 2 * self._stacked * self.rows**2 * self.size
         return sum(2 * math.prod(factor.shape) * factor.shape[-2] for factor in (self.left, self.right))
 
     @property
+    def _scales(self) -> list[Array]:
+        return [scale for scale in (self.row_scale, self.column_scale) if scale is not None]
+
+    @property
+    def _stacked(self) -> int:
+        """How many maps."""
+        return math.prod(jnp.broadcast_shapes(self.left.shape[:-2], self.right.shape[:-2], *(scale.shape[:-1] for scale in self._scales)))
+
+    @property
     def apply_flops(self) -> int:
-        scales = [scale for scale in (self.row_scale, self.column_scale) if scale is not None]
-        lead = jnp.broadcast_shapes(self.left.shape[:-2], self.right.shape[:-2], *(scale.shape[:-1] for scale in scales))
         (p, q), (r, s) = self.left.shape[-2:], self.right.shape[-2:]
-        return math.prod(lead) * (2 * p * q * s + 2 * p * s * r + sum(scale.shape[-1] for scale in scales))
+        return self._stacked * (2 * p * q * s + 2 * p * s * r + sum(scale.shape[-1] for scale in self._scales))
 
     @classmethod
     def recognised(cls, evidence: Evidence) -> Form | None:
@@ -121,6 +135,8 @@ class Kronecker(Jacobian):
 
 
 def _matmul(one: Array, other: Array) -> Array:
+    if one.shape[-1] <= UNROLLED and other.shape[-1] <= UNROLLED:
+        return (one[..., :, :, None] * other[..., None, :, :]).sum(-2)
     return jnp.matmul(one, other, precision=lax.Precision.HIGHEST)
 
 

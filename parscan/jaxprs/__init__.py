@@ -1,7 +1,7 @@
 """All reading of jaxprs: their parameters change between JAX releases, so nobody else looks inside one."""
 
 from parscan.jaxprs.contraction import contracted
-from parscan.jaxprs.cost import flops, flops_on, masks_nothing, moves_only
+from parscan.jaxprs.cost import bytes_of_variables, flops, flops_on, has_products, masks_nothing, moves_only
 from parscan.jaxprs.dependence import Dependence, Mixing, dependence, influenced_by, mixings
 from parscan.jaxprs.elements import components, pattern
 from parscan.jaxprs.factors import Cut, Separable, cuts, separable

@@ -54,6 +54,18 @@ def _of(eqn: Any) -> int:
     return 0 if eqn.primitive.name in _MOVES else size
 
 
+def has_products(jaxpr: AnyJaxpr) -> bool:
+    """Whether there is a matrix product or a convolution in it."""
+    return any(eqn.primitive.name in ("dot_general", "conv_general_dilated") for eqn in equations(jaxpr))
+
+
+def bytes_of_variables(jaxpr: AnyJaxpr) -> int:
+    """Of everything that a program is given and computes."""
+    body = open_jaxpr(jaxpr)
+    avals = [v.aval for v in body.invars] + [v.aval for eqn in body.eqns for v in eqn.outvars] + [v.aval for v in body.outvars]
+    return sum(math.prod(aval.shape) * aval.dtype.itemsize for aval in avals if hasattr(aval, "shape"))
+
+
 _LINEAR = _MOVES | frozenset("add add_any sub neg mul dot_general reduce_sum split stack unstack conv_general_dilated rev jit pjit".split())
 
 
