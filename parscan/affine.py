@@ -43,7 +43,7 @@ def then(second: Affine, first: Affine) -> Affine:
     outer: Any = scaled(second)
     inner: Any = scaled(first)
     left, right = jacobians.matched(outer.matrix, inner.matrix)
-    right, carried = right.shifted(outer.exponent)
+    right, carried = right.shifted_before(left, outer.exponent)
     matrix, exponent = renormalised(jacobians.product(left, right), inner.exponent + carried)
     return Affine(matrix, exponent, apply(second, first.offset))
 

@@ -193,9 +193,13 @@ def _chosen(step: Step, structure: Structure, fallback: Method, platform: str) -
         if state <= CPU_STATE and blocks <= CPU_BLOCKS:
             return Walk(), f"{name} on a CPU: forming their Jacobians and walking them is cheaper than a loop of VJPs"
         return fallback, f"{name} on a CPU: the arithmetic of matrix products outweighs the loop's overhead"
-    if structure.kind in ("Identity", "Permutation") or (structure.same and state <= ACCELERATOR_STATE):
-        what = "all steps are one linear map, squared" if structure.same else "products of the Jacobians cost no more than they do"
-        return Tree(), f"{name} on {platform}: {what}"
+    if structure.kind in ("Identity", "Permutation"):
+        return Tree(), f"{name} on {platform}: products of the Jacobians cost no more than they do"
+    if state <= ACCELERATOR_STATE and structure.same:
+        return Tree(), f"{name} on {platform}: all steps are one linear map, squared"
+    once = blocks > len(pairs) and all(shared and all(shared) for shared in structure.along.shared)
+    if once and sum(a.side * b.side for a, b in pairs) <= ACCELERATOR_STATE:
+        return Tree(), f"{name} on {platform}: the blocks of a step are equal, and multiplied once"
     if state <= ACCELERATOR_STATE:
         return Chunked(), f"{name} on {platform}: the loop's latency outweighs the arithmetic of matrix products"
     return fallback, f"{name} on {platform}: too much arithmetic for matrix products to pay"
@@ -208,6 +212,8 @@ def _fused_on_cpu(program: Program, coordinates: int, name: str, fallback: Metho
     """
     if FUSES_LOOPS or bytes_of_variables(program.jaxpr) < CPU_SMALL_LOOP:
         return fallback, f"{name} on a CPU: XLA fuses each step of the loop into one kernel"
+    if program.has_branches:
+        return fallback, f"{name} on a CPU: the loop takes one branch of a `cond`, all steps at once take every one"
     if not has_products(program.jaxpr) and flops(program.jaxpr) > max(CPU_LIGHT * coordinates, CPU_LITTLE):
         return fallback, f"{name} on a CPU: a step computes more than its loop waits"
     return Sequential(), f"{name} on a CPU: this JAX runs a loop of VJPs kernel by kernel, one of the states' cotangents alone is cheaper"

@@ -63,6 +63,10 @@ class Jacobian:
         """2^rows · J, balanced anew, for a J that is balanced; rows int32 (..., p), exponents int32 (..., n)."""
         raise NotImplementedError
 
+    def shifted_before(self, second: Any, rows: Array) -> tuple[Any, Array]:
+        """`shifted` by the exponents of `second`, which is applied after it: where both are the same for all blocks, so are these."""
+        return self.shifted(rows)
+
     def to_dense(self) -> Array:
         """The full matrix, (..., p, n)."""
         raise NotImplementedError

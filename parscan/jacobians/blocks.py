@@ -44,6 +44,13 @@ class BlockDiagonal(Jacobian):
         """How many blocks along each of the axes of blocks."""
         return (self.blocks.shape[-3],) if self.counts is None else self.counts
 
+    @property
+    def held(self) -> tuple[int, ...]:
+        """How many blocks there are numbers for along each of these axes: 1, if one stands for all."""
+        image = jax.eval_shape(lambda inner, vector: inner.apply(vector), self.inner, jax.ShapeDtypeStruct((self.inner.size,), jnp.float32))
+        lead = image.shape[max(image.ndim - 1 - len(self.along), 0) : -1]
+        return (1,) * (len(self.along) - len(lead)) + lead
+
     def like(self, inner: Any) -> BlockDiagonal:
         """As many blocks, of another kind or with other numbers."""
         plain = isinstance(inner, Dense) and self.counts is None
@@ -89,6 +96,13 @@ class BlockDiagonal(Jacobian):
         mantissa, exponent = self.inner.shifted(self.split(rows))
         return self.like(mantissa), self._joined(exponent, self.inner.size)
 
+    def shifted_before(self, second: Any, rows: Array) -> tuple[BlockDiagonal, Array]:
+        if not isinstance(second, BlockDiagonal) or second.along != self.along:
+            return self.shifted(rows)
+        places = (slice(0, 1) if a == b == 1 else slice(None) for a, b in zip(self.held, second.held, strict=True))
+        mantissa, exponent = self.inner.shifted_before(second.inner, self.split(rows)[(..., *places, slice(None))])
+        return self.like(mantissa), self._joined(exponent, self.inner.size)
+
     def to_dense(self) -> Array:
         dense = self.inner.to_dense()
         q, m = dense.shape[-2:]
@@ -105,9 +119,7 @@ class BlockDiagonal(Jacobian):
     @property
     def apply_flops(self) -> int:
         """A block that stands for several is applied several times."""
-        image = jax.eval_shape(lambda inner, vector: inner.apply(vector), self.inner, jax.ShapeDtypeStruct((self.inner.size,), jnp.float32))
-        held = image.shape[:-1][-len(self.along) :]
-        return self.inner.apply_flops * math.prod(self.along) // max(math.prod(held), 1)
+        return self.inner.apply_flops * math.prod(self.along) // max(math.prod(self.held), 1)
 
 
 @kind()
@@ -152,6 +164,12 @@ class DirectSum(Jacobian):
     def shifted(self, rows: Array) -> tuple[DirectSum, Array]:
         some = split(rows, [part.rows for part in self.parts])
         return _gathered([part.shifted(r) for part, r in zip(self.parts, some, strict=True)])
+
+    def shifted_before(self, second: Any, rows: Array) -> tuple[DirectSum, Array]:
+        if not isinstance(second, DirectSum):
+            return self.shifted(rows)
+        some = split(rows, [part.rows for part in self.parts])
+        return _gathered([part.shifted_before(other, r) for part, other, r in zip(self.parts, second.parts, some, strict=True)])
 
     def to_dense(self) -> Array:
         dense = [part.to_dense() for part in self.parts]
