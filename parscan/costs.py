@@ -79,10 +79,11 @@ def summed(some: Sequence[tuple[int, dict[str, int], dict[str, int]]]) -> tuple[
 
 @dataclass(frozen=True)
 class _Run:
-    """Equal maps: how many, FLOPs of one vector pushed through one of them, how they are formed, whether all are one; bytes of a number."""
+    """Equal maps: how many, FLOPs of one vector pushed through one of them and of forming one, how they are formed, whether all are one, of what numbers."""
 
     count: int
     push: int
+    form: int
     forms: Forms
     same: bool
     dtype: Any
@@ -115,7 +116,7 @@ def costs(steps: Sequence[Step], structures: Sequence[Structure] | None, method:
         found.add("down-sweep", arithmetic, vectors)
         return found
     runs = [
-        _Run(step.count, push, one.forms(transposed=True), one.same, np.dtype(one.before.dtype))
+        _Run(step.count, push, _form_flops(step.program, one, push), one.forms(transposed=True), one.same, np.dtype(one.before.dtype))
         for step, push, one in zip(steps, pushes, structures, strict=True)
     ]
     for journey in _journeys(runs[::-1]):
@@ -134,6 +135,16 @@ def push_flops(program: Program) -> int:
     if obstacle(program) is not None:
         return flops(program.jaxpr)
     return flops_on(derivative(program).closed, derivative(program).tangents)
+
+
+def _form_flops(program: Program, structure: Structure, push: int) -> int:
+    """FLOPs of forming the Jacobian of one step, by pushing seeds or from its factors."""
+    if structure.factored is None:
+        return structure.against.pushes * push
+    consts, states, xs = ([ShapeDtypeStruct(a.shape, a.dtype) for a in avals] for avals in program.avals)
+    like = [a for a in states if is_inexact(a)]
+    formed = functools.partial(structure.factored.formed, like=like, transposed=True, dtype=structure.before.dtype)
+    return flops(jax.make_jaxpr(lambda *inputs: formed(inputs))(*consts, *states, *xs))
 
 
 def _state_bytes(program: Program) -> int:
@@ -167,7 +178,7 @@ def _through_one(found: Costs, run: _Run, method: Method, at: int) -> int:
         case Walk(segment=segment):
             segment = min(segment or run.count, run.count)
             one = abstract(run.forms, run.dtype)
-            found.add("forming", run.distinct * run.forms.pushes * run.push, (1 if run.same else segment) * one.nbytes)
+            found.add("forming", run.distinct * run.form, (1 if run.same else segment) * one.nbytes)
             found.add("down-sweep", run.count * one.apply_flops, run.count * run.vector)
             return at + run.count + (1 if run.same else -(-run.count // segment))
         case Associative():
@@ -175,7 +186,7 @@ def _through_one(found: Costs, run: _Run, method: Method, at: int) -> int:
         case Chunked(size=size, levels=levels):
             return _chunked(found, run, size or 1, levels, at)
     one = abstract(run.forms, run.dtype)
-    found.add("forming", run.distinct * run.forms.pushes * run.push, run.distinct * one.nbytes)
+    found.add("forming", run.distinct * run.form, run.distinct * one.nbytes)
     found.add("down-sweep", 0, run.count * run.vector)
     return _tree(found, run, run.count, 1, None, at)
 
@@ -222,7 +233,7 @@ def _associative(found: Costs, run: _Run, at: int) -> int:
     while count > 1:
         products += count // 2 + (count - 1) // 2
         count //= 2
-    found.add("forming", run.distinct * run.forms.pushes * run.push, run.distinct * one.nbytes)
+    found.add("forming", run.distinct * run.form, run.distinct * one.nbytes)
     found.add("up-sweep", products * (one.product_flops + one.apply_flops), products * one.nbytes)
     found.add("down-sweep", run.count * one.apply_flops, run.count * run.vector)
     return max(at, int(_prefix_depths(np.ones(run.count, int)).max())) + 1
@@ -330,7 +341,7 @@ def _stack(found: Costs, piece: _Piece, first: int) -> prefix.Stack:
             found.add("forming", *_folding(run, piece.size, piece.count))
         else:
             distinct = 1 if run.same else piece.count
-            found.add("forming", distinct * run.forms.pushes * run.push, distinct * abstract(run.forms, run.dtype).nbytes)
+            found.add("forming", distinct * run.form, distinct * abstract(run.forms, run.dtype).nbytes)
         return _Maps(place, place + 1, np.full(piece.count, piece.size))
 
     def cross(start):

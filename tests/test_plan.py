@@ -89,6 +89,18 @@ def test_a_linear_layer_with_fixed_weights_is_formed_and_squared_once():
     assert by("walk", fixed).bytes["forming"] == MATRIX and by("walk", fixed).depth == 1 + L
 
 
+def test_forming_from_factors_is_counted():
+    """I − k kᵀ for all columns of a matrix state: k is pulled, not eight vectors pushed."""
+    step = lambda h, k: (h - jnp.outer(k, k @ h), None)
+    found, dense = (by("tree", step, jnp.zeros((8, 16)), jnp.zeros((L, 8)), structure=claim) for claim in ("auto", parscan.Blocks(axis=1)))
+    assert found.kind == "LowRank" and 0 < 2 * found.flops["forming"] < dense.flops["forming"] and found.bytes["forming"] == L * 3 * 8 * ITEM
+
+
+def test_a_bottleneck_that_is_divided_is_one():
+    down, up = RANDOM.standard_normal((12, 2)), RANDOM.standard_normal((2, 12))
+    assert by("walk", lambda h, _: (h + jnp.tanh(h @ down) @ up / 4, None), jnp.zeros((3, 12)), None, length=4).kind == "LowRank"
+
+
 def test_an_elementwise_step_is_one_push():
     plan = by("tree", elementwise)
     n = B * N

@@ -66,7 +66,7 @@ def bytes_of_variables(jaxpr: AnyJaxpr) -> int:
     return sum(math.prod(aval.shape) * aval.dtype.itemsize for aval in avals if hasattr(aval, "shape"))
 
 
-_LINEAR = _MOVES | frozenset("add add_any sub neg mul dot_general reduce_sum split stack unstack conv_general_dilated rev jit pjit".split())
+_LINEAR = _MOVES | frozenset("add add_any sub neg mul div dot_general reduce_sum split stack unstack conv_general_dilated rev jit pjit".split())
 
 
 def masks_nothing(jaxpr: AnyJaxpr, inputs: Sequence[int] | None = None) -> bool:
