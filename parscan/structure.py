@@ -80,7 +80,7 @@ class Forms:
         return self.of_blocks([jax.tree.map(lambda x: x[places], inner)])
 
     def lasting(self, dtype: Any) -> Forms:
-        """The same with full matrices in the place of blocks of which already the first product is one."""
+        """The same with full matrices in the place of blocks whose products soon are."""
         return replace(self, each=tuple(form if _lasts(form, dtype) else Dense.recognised(Evidence(form.shape)) for form in self.each))
 
     def closed(self) -> Forms:
@@ -112,7 +112,7 @@ class Structure:
         return self.against if transposed else self.along
 
     def multiplied(self) -> Structure:
-        """As a tree wants it: what its first product would turn into full matrices anyway is formed as such."""
+        """As a tree wants it: what its first products would turn into full matrices anyway is formed as such."""
         along, against = (forms.lasting(self.before.dtype) for forms in (self.along, self.against))
         return replace(self, along=along, against=against, factored=self.factored if _are_factored(along) else None)
 
@@ -125,11 +125,13 @@ class Structure:
 
 @functools.lru_cache(maxsize=1024)
 def _lasts(form: Form, dtype: Any) -> bool:
-    """Whether the product of two blocks of this form is anything better than a full matrix."""
+    """Whether products of blocks of this form are anything better than full matrices, for as many levels as it takes to pay."""
     if form.kind is Dense or form.shape[0] != form.shape[1] or 0 in form.shape:
         return True
     one = form.abstract(dtype)
-    return not isinstance(jax.eval_shape(jacobians.product, one, one), Dense)
+    for _ in range(form.kind.must_last):
+        one = jax.eval_shape(jacobians.product, one, one)
+    return not isinstance(one, Dense)
 
 
 def _are_factored(forms: Forms) -> bool:

@@ -29,6 +29,8 @@ class Jacobian:
 
     pays_below: ClassVar[float] = 1.0  # as a share of a full matrix's bytes: the most that it may take to be faster than one
 
+    must_last: ClassVar[int] = 1  # products, each of two of the one before, that must be smaller than full matrices for it to be faster in a tree
+
     @property
     def size(self) -> int:
         """n, the length of the vectors it acts on."""

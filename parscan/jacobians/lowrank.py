@@ -36,6 +36,7 @@ class LowRank(Jacobian):
     """
 
     pays_below: ClassVar[float] = 0.75
+    must_last: ClassVar[int] = 2
     diagonal: Array | None
     left: Array
     right: Array
