@@ -113,6 +113,10 @@ class BlockDiagonal(Jacobian):
         return full.reshape(*lead, b * q, b * m)
 
     @property
+    def nbytes(self) -> int:
+        return self.inner.nbytes
+
+    @property
     def product_flops(self) -> int:
         return self.inner.product_flops
 
@@ -180,6 +184,10 @@ class DirectSum(Jacobian):
             rows.append(row.at[..., at : at + d.shape[-1]].set(d))
             at += d.shape[-1]
         return jnp.concatenate(rows, axis=-2)
+
+    @property
+    def nbytes(self) -> int:
+        return sum(part.nbytes for part in self.parts)
 
     @property
     def product_flops(self) -> int:

@@ -82,8 +82,8 @@ class Sparse(Jacobian):
 
     @property
     def nbytes(self) -> int:
-        """Bytes of its values, and of an index for each."""
-        return math.prod(self.values.shape) * self.values.dtype.itemsize + self.pattern.count * _INDEX
+        """Bytes of its values, and of an index for each, as `after` weighs them."""
+        return math.prod(self.values.shape) * (self.values.dtype.itemsize + _INDEX)
 
     @property
     def product_flops(self) -> int:
