@@ -140,12 +140,19 @@ class Linearised:
             From the other side only where nothing is masked: what a mask keeps out on the way there, 0 · inf, it lets in on the way back.
             """
             ways = [(transposed, *self.forming(transposed=transposed))]
-            if self.structure.factored is None and masks_nothing(jax.make_jaxpr(ways[0][2])(ways[0][1])):
+            if self.structure.factored is None and self._masks_nothing(transposed):
                 ways.append((not transposed, *self.forming(transposed=not transposed)))
             way, data, form = min(ways, key=lambda way: flops(jax.make_jaxpr(way[2])(way[1])))
             return data, form if way == transposed else lambda data: form(data).transpose()
 
         return Chain(lambda: self.crossing(transposed=transposed), cheaper, self.structure.forms(transposed=transposed), self.structure.same)
+
+    def _masks_nothing(self, transposed: bool) -> bool:
+        """Whether what is pushed through the steps is only added, multiplied and moved."""
+        data, linear = self.crossing(transposed=transposed)
+        entering = self.after if transposed else self.before
+        vectors = jax.ShapeDtypeStruct((self.count, entering.size), entering.dtype)
+        return masks_nothing(jax.make_jaxpr(jax.vmap(linear))(data, vectors))
 
     def _from_factors(self, data: Any, *, transposed: bool) -> Any:
         """Jacobians of stacked steps, or their transposes, without pushing a basis of the state."""

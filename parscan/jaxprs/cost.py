@@ -51,6 +51,9 @@ def _of(eqn: Any) -> int:
     if eqn.primitive.name == "dot_general":
         (contracted, _), _ = eqn.params["dimension_numbers"]
         return 2 * size * math.prod(eqn.invars[0].aval.shape[d] for d in contracted)
+    if eqn.primitive.name == "conv_general_dilated":
+        kernel = eqn.invars[1].aval.shape
+        return 2 * size * math.prod(kernel) // max(kernel[eqn.params["dimension_numbers"].rhs_spec[0]], 1)
     return 0 if eqn.primitive.name in _MOVES else size
 
 
