@@ -162,6 +162,12 @@ def test_both_axes_each_where_it_is_lost():
     assert primitives == [("add", 0), ("slice", 1)]
 
 
+@pytest.mark.parametrize("step", [lambda h: jnp.convolve(h, jnp.ones(3), mode="same"), lambda h: jnp.linalg.solve(jnp.eye(4) * 2, h)])
+def test_what_mixes_inside_a_function_of_jax_is_where_that_is_called(step):
+    (found,) = mixings(*derivative_of(step, jnp.ones(4)))
+    assert found.eqn.endswith(f" at {Path(__file__).name}:{step.__code__.co_firstlineno}")
+
+
 def test_what_the_outputs_do_not_depend_on_mixes_nothing():
     assert mixings(*derivative_of(unused, H)) == []
     assert mixings(*derivative_of(jnp.tanh, H)) == []

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from parscan.jaxprs.flow import Flow
-from parscan.jaxprs.program import AnyJaxpr, equations, open_jaxpr
+from parscan.jaxprs.program import AnyJaxpr, equations, open_jaxpr, sub_jaxprs
 from parscan.jaxprs.sources import where
 
 MIXED = None
@@ -62,15 +62,19 @@ def mixings(jaxpr: AnyJaxpr, tangents: Sequence[int]) -> list[Mixing]:
     An axis that comes out in different places (a state and its transpose, in two outputs) is not lost in any equation, and not listed.
     """
     place: dict[int, int] = {}
+    callers: dict[int, Any] = {}
     for eqn in equations(jaxpr):  # a body that is called twice is there twice
         place.setdefault(id(eqn), len(place))
+        for inner in sub_jaxprs(list(eqn.params.values())):
+            for own in open_jaxpr(inner).eqns:
+                callers.setdefault(id(own), eqn)
     first: dict[tuple[int, int], Any] = {}
     for out in _follow(jaxpr, tangents):
         for leaf, dims in out.items():
             for axis, d in enumerate(dims):
                 if isinstance(d, _Lost) and ((leaf, axis) not in first or place[id(d.eqn)] < place[id(first[leaf, axis])]):
                     first[leaf, axis] = d.eqn
-    return [Mixing(where(eqn), leaf, axis) for (leaf, axis), eqn in sorted(first.items(), key=lambda item: item[0])]
+    return [Mixing(where(eqn, callers), leaf, axis) for (leaf, axis), eqn in sorted(first.items(), key=lambda item: item[0])]
 
 
 # --- following --------------------------------------------------------------------------------------------------------

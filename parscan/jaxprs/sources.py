@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 import jax
@@ -10,10 +12,17 @@ import jax
 _LIBRARIES = tuple(os.path.dirname(os.path.abspath(module.__file__ or "")) + os.sep for module in (jax, __import__("jaxlib"), __import__("parscan")))
 
 
-def where(eqn: Any) -> str:
-    """`name at file.py:31`: an equation as the user would look for it."""
-    traceback = eqn.source_info.traceback
-    for frame in traceback.frames if traceback is not None else ():
-        if not frame.file_name.startswith(_LIBRARIES) and not frame.file_name.startswith("<"):
-            return f"`{eqn.primitive.name}` at {os.path.basename(frame.file_name)}:{frame.line_num}"
+def where(eqn: Any, callers: Mapping[int, Any] = MappingProxyType({})) -> str:
+    """`name at file.py:31`: an equation as the user would look for it.
+
+    callers: from the id of an equation inside another's program to that other one: an equation of JAX's own, inside `jnp.convolve` say, is where that
+    is called.
+    """
+    at = eqn
+    while at is not None:
+        traceback = at.source_info.traceback
+        for frame in traceback.frames if traceback is not None else ():
+            if not frame.file_name.startswith(_LIBRARIES) and not frame.file_name.startswith("<"):
+                return f"`{eqn.primitive.name}` at {os.path.basename(frame.file_name)}:{frame.line_num}"
+        at = callers.get(id(at))
     return f"`{eqn.primitive.name}`"
