@@ -127,9 +127,8 @@ class Linearised:
         """(data with leading axis L, map of stacked entries of data to their Jacobians, or the transposes)."""
         if self.structure.factored is not None:
             return self.data, partial(self._from_factors, transposed=transposed)
-        (data, linear), forms = self.crossing(transposed=transposed), self.structure.forms(transposed=transposed)
-        seeds = forms.seeds(self.before.dtype)
-        return data, lambda data: forms.jacobian(jax.vmap(jax.vmap(linear, (None, 0)), (0, None))(data, seeds))
+        data, linear = self.crossing(transposed=transposed)
+        return data, self._by_pushing(linear, transposed)
 
     def chain(self, *, transposed: bool) -> Chain:
         """The steps as linear maps: their Jacobians, or the transposes."""
@@ -139,20 +138,23 @@ class Linearised:
 
             From the other side only where nothing is masked: what a mask keeps out on the way there, 0 · inf, it lets in on the way back.
             """
-            ways = [(transposed, *self.forming(transposed=transposed))]
-            if self.structure.factored is None and self._masks_nothing(transposed):
+            if self.structure.factored is not None:
+                return self.forming(transposed=transposed)
+            data, linear = self.crossing(transposed=transposed)
+            ways = [(transposed, data, self._by_pushing(linear, transposed))]
+            entering = self.after if transposed else self.before
+            if masks_nothing(jax.make_jaxpr(jax.vmap(linear))(data, jax.ShapeDtypeStruct((self.count, entering.size), entering.dtype))):
                 ways.append((not transposed, *self.forming(transposed=not transposed)))
             way, data, form = min(ways, key=lambda way: flops(jax.make_jaxpr(way[2])(way[1])))
             return data, form if way == transposed else lambda data: form(data).transpose()
 
         return Chain(lambda: self.crossing(transposed=transposed), cheaper, self.structure.forms(transposed=transposed), self.structure.same)
 
-    def _masks_nothing(self, transposed: bool) -> bool:
-        """Whether what is pushed through the steps is only added, multiplied and moved."""
-        data, linear = self.crossing(transposed=transposed)
-        entering = self.after if transposed else self.before
-        vectors = jax.ShapeDtypeStruct((self.count, entering.size), entering.dtype)
-        return masks_nothing(jax.make_jaxpr(jax.vmap(linear))(data, vectors))
+    def _by_pushing(self, linear: Callable[[Any, Array], Array], transposed: bool) -> Callable[[Any], Any]:
+        """Stacked entries of data -> Jacobians, by pushing seeds through the steps, or pulling them."""
+        forms = self.structure.forms(transposed=transposed)
+        seeds = forms.seeds(self.before.dtype)
+        return lambda data: forms.jacobian(jax.vmap(jax.vmap(linear, (None, 0)), (0, None))(data, seeds))
 
     def _from_factors(self, data: Any, *, transposed: bool) -> Any:
         """Jacobians of stacked steps, or their transposes, without pushing a basis of the state."""

@@ -9,6 +9,7 @@ from jax import lax
 from support import LOG_DEPTH, equations, long_loops, make_chain, make_cotangents, rnn_problem
 
 import parscan
+from parscan.planning import FUSES_LOOPS
 
 CHUNK = 8
 ONLY_THE_CARRY = ((3, 4), "float64")
@@ -277,8 +278,8 @@ def test_f_is_traced_once():
 WIDE = jnp.ones((8, 256))
 CHOICES = {
     "small blocks": (lambda h, x: (jnp.tanh(h @ WIDE[:, :8] + x), h), (4, 8), parscan.Walk),
-    "one block": (lambda h, x: (jnp.tanh(h @ WIDE[:, :8] + x), h), (8,), parscan.Lax),
-    "elementwise": (lambda h, x: (jnp.tanh(h + x), h), (4, 8), parscan.Lax),
+    "one block": (lambda h, x: (jnp.tanh(h @ WIDE[:, :8] + x), h), (8,), parscan.Lax if FUSES_LOOPS else parscan.Sequential),
+    "elementwise": (lambda h, x: (jnp.tanh(h + x), h), (4, 8), parscan.Lax if FUSES_LOOPS else parscan.Sequential),
     "blocks too large": (lambda h, x: (jnp.tanh(h @ WIDE[:, :8] + x), h), (32, 8), parscan.Lax),
     "a step that computes much": (
         lambda h, x: (jax.nn.sigmoid(h @ WIDE[:, :8]) * jnp.tanh(h @ WIDE[:, 8:16]) + jnp.sin(h @ WIDE[:, 16:24]) * jnp.cos(h @ WIDE[:, 24:32]), h),

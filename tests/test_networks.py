@@ -297,8 +297,8 @@ def test_the_batch_is_found_along_the_whole_chain():
 def test_a_layer_that_mixes_the_batch_makes_the_chain_dense():
     make = arrays("float64")
     norm = lambda _, h: h - h.mean(0)
-    plan = parscan.plan([dense, norm, dense], [layer(make, 4, 3), None, layer(make, 3, 2)], [make(5, 4)], method="tree")
-    assert (plan.kind, plan.blocks) == ("Sparse", {20: 1})  # one block, in which each layer still mixes few coordinates
+    plan = parscan.plan([dense, norm, dense], [layer(make, 4, 3), None, layer(make, 3, 2)], [make(5, 4)], method="walk")
+    assert plan.blocks == {20: 1}
 
 
 def test_claims_along_the_chain():
@@ -336,6 +336,35 @@ def test_an_obstacle_is_crossed_alone(entry):
     assert_close(floats(got), floats(wanted), 1e-10)
     with pytest.raises(ValueError, match=r"custom VJP"):
         parscan.parallel_backward(layers, params, activations, y, method="tree")
+
+
+@pytest.mark.parametrize("rank", [1, 2])
+@pytest.mark.parametrize("before, after", [(9, 8), (11, 11), (35, 1), (7, 9)])
+def test_bottlenecks_of_several_ranks_are_carried_along(before, after, rank):
+    """A run of odd length: a layer's map goes on beside products of two, whose rank is twice its own."""
+    make = arrays("float64")
+    residual, head = lambda w, h: h + jnp.tanh(h @ w[0]) @ w[1], lambda w, h: h @ w
+    pair = lambda n: (make(n, rank, scale=0.2), make(rank, n, scale=0.2))
+    params = [*(pair(32) for _ in range(before)), make(32, 24, scale=0.2), *(pair(24) for _ in range(after))]
+    layers, x = [residual] * before + [head] + [residual] * after, make(3, 32)
+    y, activations = parscan.forward(layers, params, x)
+    want = parscan.parallel_backward(layers, params, activations, y, method="lax")
+    for method in ("tree", "associative"):
+        assert_close(parscan.parallel_backward(layers, params, activations, y, method=method), want, 1e-10)
+
+
+@pytest.mark.parametrize("order", [[3, 0, 1, 2], [1, 0]])
+@pytest.mark.parametrize("method", ["tree", "associative"])
+def test_permutations_of_several_powers_are_carried_along(order, method):
+    """Their full matrices have no axis of layers, in which as many as there are coordinates would be seen."""
+    make, n = arrays("float64"), len(order)
+    moved, scaled = lambda _, h: h[:, np.array(order)], lambda w, h: h * w
+    layers = [moved] * 9 + [scaled] * 11 + [moved] * n
+    params = [None] * 9 + [make(n) for _ in range(11)] + [None] * n
+    y, activations = parscan.forward(layers, params, make(3, n))
+    want = parscan.parallel_backward(layers, params, activations, y, method="lax")
+    got = parscan.parallel_backward(layers, params, activations, y, method=method)
+    assert_close((got.activations, got.params[9:20]), (want.activations, want.params[9:20]), 1e-10)
 
 
 def on(platform, network, **options):

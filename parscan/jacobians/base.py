@@ -57,6 +57,10 @@ class Jacobian:
         """Itself and another of this kind as `shifted` and `after` need them, `first` being applied first; what cannot stay of its kind is a `Dense`."""
         return self, first
 
+    def stackable(self, other: Any) -> tuple[Any, Any] | None:
+        """Itself and another of this kind with arrays of equal shapes but for leading axes, to be put one after the other; None if they cannot be."""
+        return (self, other) if jax.tree.structure(self) == jax.tree.structure(other) else None
+
     def balanced(self) -> tuple[Any, Array]:
         """J as a mantissa and one exponent a column, int32 (..., n)."""
         raise NotImplementedError

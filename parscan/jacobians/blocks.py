@@ -198,26 +198,32 @@ class DirectSum(Jacobian):
         return sum(part.apply_flops for part in self.parts)
 
 
-def alike(a: Any, b: Any) -> tuple[Any, Any]:
-    """Both maps written as one kind with equal static fields, so that their arrays may be put one after the other."""
+def alike(a: Any, b: Any, lead: int = 1) -> tuple[Any, Any]:
+    """Both maps written as one kind with equal static fields, so that their arrays may be put one after the other; they have so many leading axes."""
     if isinstance(a, BlockDiagonal) and isinstance(b, BlockDiagonal) and a.along == b.along:
-        a_inner, b_inner = alike(a.inner, b.inner)
+        a_inner, b_inner = alike(a.inner, b.inner, lead + len(a.along))
         return BlockDiagonal(a_inner, a.along), BlockDiagonal(b_inner, b.along)
     if isinstance(a, DirectSum) and isinstance(b, DirectSum):
-        pairs = [alike(x, y) for x, y in zip(a.parts, b.parts, strict=True)]
+        pairs = [alike(x, y, lead) for x, y in zip(a.parts, b.parts, strict=True)]
         return DirectSum(tuple(x for x, _ in pairs)), DirectSum(tuple(y for _, y in pairs))
-    if jax.tree.structure(a) == jax.tree.structure(b):
-        return a, b
-    return Dense(a.to_dense()), Dense(b.to_dense())
+    found = a.stackable(b) if type(a) is type(b) else None
+    return found or (_dense(a, lead), _dense(b, lead))
 
 
-def closed(one: Any) -> Any:
+def closed(one: Any, lead: int = 1) -> Any:
     """Stacked maps as a kind whose products are of that kind and shape: what does not grow stays, all else becomes dense, block by block, none shared."""
     if isinstance(one, BlockDiagonal):
-        return one.like(jax.tree.map(lambda x: jnp.broadcast_to(x, (*x.shape[:1], *one.along, *x.shape[1 + len(one.along) :])), closed(one.inner)))
+        inner = closed(one.inner, lead + len(one.along))
+        return one.like(jax.tree.map(lambda x: jnp.broadcast_to(x, (*x.shape[:lead], *one.along, *x.shape[lead + len(one.along) :])), inner))
     if isinstance(one, DirectSum):
-        return DirectSum(tuple(closed(part) for part in one.parts))
-    return one if isinstance(one, (Dense, Diagonal)) else Dense(one.to_dense())
+        return DirectSum(tuple(closed(part, lead) for part in one.parts))
+    return one if isinstance(one, (Dense, Diagonal)) else _dense(one, lead)
+
+
+def _dense(one: Any, lead: int) -> Dense:
+    """Full matrices with so many leading axes, also of a map that has no numbers: of length 1, for any number of maps."""
+    matrix = one.to_dense()
+    return Dense(matrix.reshape((1,) * (lead + 2 - matrix.ndim) + matrix.shape))
 
 
 def split(vector: Array, sizes: Sequence[int]) -> list[Array]:

@@ -71,6 +71,11 @@ class Kronecker(Jacobian):
             return own.after(other)
         return Kronecker(_matmul(self.left, first.left), _matmul(self.right, first.right), self.row_scale, first.column_scale)
 
+    def stackable(self, other: Kronecker) -> tuple[Kronecker, Kronecker] | None:
+        """If the matrices are of the same sizes."""
+        own, others = ((one.left.shape[-2:], one.right.shape[-2:]) for one in (self, other))
+        return super().stackable(other) if own == others else None
+
     def balanced(self) -> tuple[Kronecker, Array]:
         """Separable exponents, e[i] + f[j], but for the scale of the columns, which no `shifted` meets. The scale of the rows is balanced as a whole."""
         return self._balanced(None, None)

@@ -74,6 +74,18 @@ class LowRank(Jacobian):
             found = LowRank(self.diagonal * first.diagonal, left, right)
         return Dense(found.to_dense()) if _fills(found.rank, found.rows, found.size, found.diagonal is not None) else found
 
+    def stackable(self, other: LowRank) -> tuple[LowRank, LowRank] | None:
+        """The narrower of two bottlenecks is widened by zeros."""
+        if (self.diagonal is None) != (other.diagonal is None):
+            return None
+        rank = max(self.rank, other.rank)
+        return self._widened(rank), other._widened(rank)
+
+    def _widened(self, rank: int) -> LowRank:
+        left, right, more = self.left, self.right, rank - self.rank
+        wider = jnp.concatenate([left, jnp.zeros((*left.shape[:-1], more), left.dtype)], axis=-1)
+        return LowRank(self.diagonal, wider, jnp.concatenate([right, jnp.zeros((*right.shape[:-2], more, right.shape[-1]), right.dtype)], axis=-2))
+
     def _columns(self, matrix: Array) -> Array:
         """J · matrix."""
         through = _matmul(self.left, _matmul(self.right, matrix))
