@@ -183,7 +183,7 @@ def test_by_a_tree(entry, name):
 
 
 @pytest.mark.parametrize("name", ["grad", "jvp", "hessian", "grad of jvp", "jvp of grad", "vmap of grad", "checkpoint"])
-@pytest.mark.parametrize("method", ["auto", "sequential", "walk", "associative", parscan.Chunked(3)], ids=str)
+@pytest.mark.parametrize("method", ["auto", "sequential", "walk", parscan.Chunked(3)], ids=str)
 def test_scan_by_every_method(method, name):
     assert_close(jax.jit(transformed(name, by_public_scan(method)))(WEIGHTS, START, INPUTS), wanted(name, "scan"), 1e-10)
 

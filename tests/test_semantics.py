@@ -177,7 +177,7 @@ STEPS = [
 ]
 
 
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=15, deadline=None)
 @given(
     st.lists(st.integers(0, len(STEPS) - 1), min_size=1, max_size=4),
     st.integers(0, 13),
