@@ -113,8 +113,8 @@ def test_forward(name, dtype):
 CASES = [(name, method) for name in NETWORKS for method in (*METHODS, "auto")]
 
 
-@pytest.mark.parametrize("dtype", TOLERANCE)
-@pytest.mark.parametrize("name, method", CASES)
+# The method that is there for comparison in the precision that tells most: its programs are the largest by far.
+@pytest.mark.parametrize("name, method, dtype", [(*case, d) for case in CASES for d in TOLERANCE if case[1] != "associative" or d == "float64"])
 def test_parallel_backward(name, method, dtype):
     network, (end, inner), activations = made(name, dtype), cotangents(name, dtype), stored(name, dtype)
     grads = parscan.parallel_backward(network.layers, network.params, activations, end, layer_cotangents=inner, method=METHODS.get(method, method))
