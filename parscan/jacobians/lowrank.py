@@ -82,9 +82,10 @@ class LowRank(Jacobian):
         return self._widened(rank), other._widened(rank)
 
     def _widened(self, rank: int) -> LowRank:
-        left, right, more = self.left, self.right, rank - self.rank
-        wider = jnp.concatenate([left, jnp.zeros((*left.shape[:-1], more), left.dtype)], axis=-1)
-        return LowRank(self.diagonal, wider, jnp.concatenate([right, jnp.zeros((*right.shape[:-2], more, right.shape[-1]), right.dtype)], axis=-2))
+        if rank == self.rank:
+            return self
+        columns, rows = (jnp.zeros(shape, self.left.dtype) for shape in ((self.rows, rank - self.rank), (rank - self.rank, self.size)))
+        return LowRank(self.diagonal, _joined(self.left, columns, axis=-1), _joined(self.right, rows, axis=-2))
 
     def _columns(self, matrix: Array) -> Array:
         """J · matrix."""
