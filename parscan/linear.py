@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -96,10 +97,12 @@ def _sized(method: Method | None, A: Jacobian, count: int) -> Method:
     match method:
         case None:
             return Walk(max(count, 1)) if jax.default_backend() == "cpu" else Tree()
-        case Walk(segment=None) | Sequential():
+        case Sequential():
             return Walk(max(count, 1))
-        case Chunked(size=None, levels=levels):
-            return Chunked(8, levels)
+        case Walk(segment=None):
+            return replace(method, segment=max(count, 1))
+        case Chunked(size=None):
+            return replace(method, size=8)
     return method
 
 

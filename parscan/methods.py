@@ -16,7 +16,7 @@ levels of a tree; what is left is walked one map after another.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 from parscan.checks import integer
@@ -36,7 +36,28 @@ class Method:
     @property
     def is_parallel(self) -> bool:
         """Whether it forms Jacobians, which not every layer allows."""
-        return True
+        return isinstance(self, Parallel)
+
+
+@dataclass(frozen=True, repr=False)
+class Parallel(Method):
+    """A method that forms Jacobians.
+
+    Args:
+        guard: check on the device that what was found is finite and what one step after another gives, to half the digits, and take that where it is
+            not: `parscan.guard`. It is right wherever the sequential pass is, and costs a predicate; where a batch is sharded over devices, a
+            collective of one byte.
+    """
+
+    guard: bool = field(default=True, kw_only=True)
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.guard, bool):
+            raise TypeError(f"`{type(self).__name__}(guard=...)` must be True or False; got {self.guard!r}.")
+
+    def __repr__(self) -> str:
+        shown = [f"{one.name}={getattr(self, one.name)!r}" for one in fields(self) if one.name != "guard"]
+        return f"{type(self).__name__}({', '.join(shown + ['guard=False'] * (not self.guard))})"
 
 
 @dataclass(frozen=True)
@@ -48,10 +69,6 @@ class Lax(Method):
         True
     """
 
-    @property
-    def is_parallel(self) -> bool:
-        return False
-
 
 @dataclass(frozen=True)
 class Sequential(Method):
@@ -62,13 +79,9 @@ class Sequential(Method):
         True
     """
 
-    @property
-    def is_parallel(self) -> bool:
-        return False
 
-
-@dataclass(frozen=True)
-class Walk(Method):
+@dataclass(frozen=True, repr=False)
+class Walk(Parallel):
     """Jacobians formed in parallel, a segment at a time, then walked with bare matrix-vector products.
 
     Depth `L`, but an order of magnitude cheaper a step than a loop of VJPs; memory grows with the segment, not with `L`.
@@ -84,11 +97,12 @@ class Walk(Method):
     segment: int | None = None
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         _check(self, "segment", 1, "to have it chosen")
 
 
-@dataclass(frozen=True)
-class Associative(Method):
+@dataclass(frozen=True, repr=False)
+class Associative(Parallel):
     """`jax.lax.associative_scan` over explicit Jacobians: every prefix product, twice the matrix products of `Tree`.
 
     Example:
@@ -97,8 +111,8 @@ class Associative(Method):
     """
 
 
-@dataclass(frozen=True)
-class Tree(Method):
+@dataclass(frozen=True, repr=False)
+class Tree(Parallel):
     """Work-efficient prefix tree over explicit Jacobians: matrix products on the way up, only vectors on the way down.
 
     Depth at most `2 ceil(log2 L) + 2`, fewer than `L` matrix products (Blelloch 1990; Wang, Bai, Pekhimenko 2020).
@@ -109,8 +123,8 @@ class Tree(Method):
     """
 
 
-@dataclass(frozen=True)
-class Chunked(Method):
+@dataclass(frozen=True, repr=False)
+class Chunked(Parallel):
     """fold -> scan -> unfold: chunks of `size` steps become one matrix each, the chunk matrices go through a tree.
 
     No step's own Jacobian is ever stored. Depth `2 size + 2 log2(L / size)`.
@@ -128,6 +142,7 @@ class Chunked(Method):
     levels: int | None = None
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         _check(self, "size", 1, "to have it chosen")
         _check(self, "levels", 0, "for all")
 

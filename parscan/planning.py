@@ -224,7 +224,7 @@ def sized(method: Method, length: int, blocks: dict[int, int]) -> Method:
     match method:
         case Walk(segment=None):
             entries = sum(count * width**2 for width, count in blocks.items())
-            return Walk(_divisor_near(length, max(1, min(length, max(32, SEGMENT_ENTRIES // max(1, entries))))))
+            return replace(method, segment=_divisor_near(length, max(1, min(length, max(32, SEGMENT_ENTRIES // max(1, entries))))))
         case Chunked(size=None):
             return replace(method, size=max(1, min(8 if max(blocks) < 48 else 32, length)))
     return method

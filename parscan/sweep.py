@@ -18,11 +18,12 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from parscan import affine, exponents, order, prefix
+from parscan import affine, exponents, guard, order, prefix
 from parscan.affine import Affine
+from parscan.guard import Found
 from parscan.jacobians import Jacobian, closed, split
 from parscan.layout import Group
-from parscan.methods import Associative, Chunked, Method, Sequential, Tree, Walk
+from parscan.methods import Associative, Chunked, Method, Parallel, Sequential, Tree, Walk
 from parscan.structure import Forms
 
 
@@ -33,12 +34,17 @@ class Chain(NamedTuple):
     forming: () -> (data with leading axis L, map of stacked entries of data to their Jacobians, stacked).
     forms: of the Jacobians, in the direction of travel; the vectors before and after a map have different lengths only if L is 1.
     same: all maps are one.
+    epsilon: of the precision in which a map is computed, if that is less than its vectors have.
     """
 
     crossing: Callable[[], tuple[Any, Callable[[Any, Array], Array]]]
     forming: Callable[[], tuple[Any, Callable[[Any], Jacobian]]]
     forms: Forms
     same: bool = False
+    epsilon: float = 0.0
+
+    def precision(self, offsets: Array) -> float:
+        return max(self.epsilon, float(jnp.finfo(offsets.dtype).eps))
 
 
 def sweep(chains: Sequence[Chain], start: Array, offsets: Sequence[Array], method: Method, *, reverse: bool) -> list[Array]:
@@ -73,33 +79,57 @@ def _is_constant(chain: Chain, offsets: Array) -> bool:
 
 def _swept(journey: list[tuple[Chain, Array]], start: Array, method: Method, reverse: bool) -> list[Array]:
     """Chains in the order of travel, each of which has maps and coordinates."""
-    if len(journey) > 1 and not isinstance(method, (Sequential, Walk)):
-        return _through_order(journey, start, method, reverse)
+    if isinstance(method, Sequential) or (len(journey) == 1 and journey[0][1].shape[0] == 1):
+        return _one_after_another(journey, start, reverse)
+    if len(journey) > 1 and not isinstance(method, Walk):
+        found = _through_order(journey, start, method, reverse)
+    else:
+        found, entering = [], start
+        for chain, offsets in journey:
+            found.append(_through_one(chain, entering, offsets, method, reverse))
+            entering = found[-1].values[0 if reverse else -1]
+    values = [one.values for one in found]
+    if not (isinstance(method, Parallel) and method.guard):
+        return values
+    good = jnp.stack([guard.is_sound(one, chain.forms.after, chain.precision(offsets)) for one, (chain, offsets) in zip(found, journey, strict=True)]).all()
+    return guard.guarded(values, good, lambda: _one_after_another(journey, start, reverse))
+
+
+def _one_after_another(journey: list[tuple[Chain, Array]], start: Array, reverse: bool) -> list[Array]:
     values = []
     for chain, offsets in journey:
-        values.append(_through_one(chain, start, offsets, method, reverse))
+        values.append(_crossed(chain, start, offsets, reverse))
         start = values[-1][0 if reverse else -1]
     return values
 
 
-def _through_one(chain: Chain, start: Array, offsets: Array, method: Method, reverse: bool) -> Array:
+def _through_one(chain: Chain, start: Array, offsets: Array, method: Method, reverse: bool) -> Found:
     if offsets.shape[0] == 1:
-        return _crossed(chain, start, offsets, reverse)
+        return Found(_crossed(chain, start, offsets, reverse))
     match method:
-        case Sequential():
-            return _crossed(chain, start, offsets, reverse)
         case Walk(segment=segment):
-            return _walk(chain, start, offsets, segment or offsets.shape[0], reverse)
+            return Found(_walk(chain, start, offsets, segment or offsets.shape[0], reverse))
         case Tree():
-            return prefix.tree(_formed(chain, offsets), start, affine.apply, affine.then, reverse=reverse)
+            maps = _formed(chain, offsets)
+            values = prefix.tree(maps, start, affine.apply, affine.then, reverse=reverse)
+            odd = slice(values.shape[0] % 2 if reverse else 1, None, 2)  # of the journey; the others' own maps have made them
+            return Found(values, *_both_ways(maps, start, values, odd, reverse))
         case Associative():
-            return prefix.associative(affine.scaled(_closed(_formed(chain, offsets))), start, affine.apply, affine.then, reverse=reverse)
+            maps = _formed(chain, offsets)
+            values = prefix.associative(affine.scaled(_closed(maps)), start, affine.apply, affine.then, reverse=reverse)
+            return Found(values, *_both_ways(maps, start, values, slice(None), reverse))
         case Chunked(size=size, levels=levels):
             return _chunked(chain, start, offsets, size or 1, levels, reverse)
     raise TypeError(f"no journey by {method!r}")
 
 
-def _through_order(journey: list[tuple[Chain, Array]], start: Array, method: Method, reverse: bool) -> list[Array]:
+def _both_ways(maps: Affine, start: Array, values: Array, places: slice, reverse: bool) -> tuple[Array, Array]:
+    """Some of the values, and what their own maps make of those before them."""
+    before = prefix.entering(prefix.boundaries(start, values, reverse), reverse)
+    return values[places], affine.apply(prefix.take(maps, places), before[places])
+
+
+def _through_order(journey: list[tuple[Chain, Array]], start: Array, method: Method, reverse: bool) -> list[Found]:
     """Chains of several widths by a tree over all their maps, or over those of their chunks, in the order that takes the least arithmetic."""
     size = method.size or 1 if isinstance(method, Chunked) else 1
     folded = [Folded(chain, offsets, size, reverse) for chain, offsets in journey]
@@ -108,11 +138,11 @@ def _through_order(journey: list[tuple[Chain, Array]], start: Array, method: Met
     found = order_of_products([stack.count for stack in stacks], ends)
     assert found.tree is not None
     left = iter(prefix.ordered(stacks, found.tree, start, affine.apply, affine.then, reverse=reverse, carry=affine.one_after_another))
-    values = []
+    found = []
     for one in folded:
-        values.append(one.unfolded(start, [next(left) for _ in one.stacks]))
-        start = values[-1][0 if reverse else -1]
-    return values
+        found.append(one.unfolded(start, [next(left) for _ in one.stacks]))
+        start = found[-1].values[0 if reverse else -1]
+    return found
 
 
 def order_of_products(counts: Sequence[int], ends: Sequence[Sequence[Group]]) -> order.Order:
@@ -138,6 +168,7 @@ class Folded:
         whole = count // self.size * self.size
         self.bounds = [bounds for bounds in ((0, whole), (whole, count)) if bounds[0] < bounds[1]][:: -1 if reverse else 1]
         self.offsets = offsets
+        self.formed: dict[int, Affine] = {}  # by their first step: the maps of steps that somebody asked for
         self.stacks = [self._stack(lo, hi) for lo, hi in self.bounds]
 
     @functools.cached_property
@@ -165,24 +196,37 @@ class Folded:
         if size == 1:
             chain, offsets = self._part(lo, hi)
             cross = (lambda start: _crossed(chain, start, offsets, self.reverse)) if hi - lo == 1 else None
-            return prefix.Stack(hi - lo, lambda: affine.scaled(_formed(chain, offsets)), cross)
+
+            def maps():
+                self.formed[lo] = affine.scaled(_formed(chain, offsets))
+                return self.formed[lo]
+
+            return prefix.Stack(hi - lo, maps, cross)
 
         def chunks():
             return self.fold.explicit(prefix.fold(self._steps(lo, hi), size=size, identity=self.fold.identity, extend=self.fold.extend, reverse=self.reverse))
 
         return prefix.Stack((hi - lo) // size, chunks)
 
-    def unfolded(self, start: Array, left: list[Array]) -> Array:
-        """The vectors leaving every step, from those leaving every map of the stacks."""
-        found = []
+    def unfolded(self, start: Array, left: list[Array]) -> Found:
+        """What leaves every step, from the vectors leaving every map of the stacks."""
+        found, told, walked = [], [], []
         for (lo, hi), values in zip(self.bounds, left, strict=True):
+            # a single map may change the width
+            before = start[None] if values.shape[0] == 1 else prefix.entering(prefix.boundaries(start, values, self.reverse), self.reverse)
             size = min(self.size, hi - lo)
             if size > 1:
-                before = prefix.entering(prefix.boundaries(start, values, self.reverse), self.reverse)
-                values = prefix.unfold(self._steps(lo, hi), before, size=size, cross=self.fold.cross, reverse=self.reverse)
-            found.append(values)
+                found.append(prefix.unfold(self._steps(lo, hi), before, size=size, cross=self.fold.cross, reverse=self.reverse))
+                told.append(values)
+                walked.append(_ends(found[-1], size, self.reverse))
+            else:
+                found.append(values)
+                if lo in self.formed:
+                    told.append(values)
+                    walked.append(affine.apply(self.formed[lo], before))
             start = found[-1][0 if self.reverse else -1]
-        return jnp.concatenate(found[:: -1 if self.reverse else 1])
+        whole = jnp.concatenate(found[:: -1 if self.reverse else 1])
+        return Found(whole, jnp.concatenate(told), jnp.concatenate(walked)) if told else Found(whole)
 
 
 def _crossed(chain: Chain, start: Array, offsets: Array, reverse: bool) -> Array:
@@ -229,15 +273,25 @@ def _walk(chain: Chain, start: Array, offsets: Array, segment: int, reverse: boo
     return jnp.concatenate([values[place].reshape(-1, offsets.shape[1]) for place in sorted(values)])
 
 
-def _chunked(chain: Chain, start: Array, offsets: Array, size: int, levels: int | None, reverse: bool) -> Array:
+def _chunked(chain: Chain, start: Array, offsets: Array, size: int, levels: int | None, reverse: bool) -> Found:
     """fold -> scan -> unfold."""
-    fold = Fold(chain, offsets.dtype)
+    fold, told = Fold(chain, offsets.dtype), []
 
     def through(maps, start):
-        return prefix.tree(fold.explicit(maps), start, affine.apply, affine.then, reverse=reverse, levels=levels)
+        told.append(prefix.tree(fold.explicit(maps), start, affine.apply, affine.then, reverse=reverse, levels=levels))
+        return told[0]
 
     steps = (fold.data, offsets)
-    return prefix.chunked(steps, start, size=size, identity=fold.identity, extend=fold.extend, cross=fold.cross, through=through, reverse=reverse)
+    values = prefix.chunked(steps, start, size=size, identity=fold.identity, extend=fold.extend, cross=fold.cross, through=through, reverse=reverse)
+    if not told:
+        return Found(values)
+    ends, count = _ends(values[: values.shape[0] // size * size], size, reverse), told[0].shape[0]
+    return Found(values, told[0], ends[ends.shape[0] - count :] if reverse else ends[:count])
+
+
+def _ends(values: Array, size: int, reverse: bool) -> Array:
+    """Of the values inside chunks, the one that leaves each chunk."""
+    return values[0 if reverse else size - 1 :: size]
 
 
 class Fold:
