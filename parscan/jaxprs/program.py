@@ -183,7 +183,7 @@ def slice_spec(leaf: Any) -> jax.ShapeDtypeStruct:
     if isinstance(leaf, jax.Array) and any(axis is not None for axis in jax.typeof(leaf).sharding.spec):  # over explicit mesh axes
         sharding = jax.typeof(leaf).sharding
         sharding = sharding.update(spec=jax.sharding.PartitionSpec(*sharding.spec[1:]))
-    return jax.ShapeDtypeStruct(np.shape(leaf)[1:], dtype_of(leaf), sharding=sharding)
+    return jax.ShapeDtypeStruct(np.shape(leaf)[1:], dtype_of(leaf), sharding=sharding, weak_type=getattr(leaf, "weak_type", False))
 
 
 def _fingerprint(jaxpr: AnyJaxpr, unfolded: frozenset[int] = frozenset()) -> Hashable:
