@@ -459,7 +459,7 @@ TRANSFORMATIONS = {
     "integers allowed": with_scan(
         lambda scan: lambda n: scan(lambda c, x: ((c[0] * x, c[1] + 1), None), (START, n), XS)[0][0].sum(),
         jnp.int32(2),
-        transform=lambda f: lambda n: np.asarray(jax.grad(f, allow_int=True)(n)).dtype.itemsize,
+        transform=lambda f: lambda n: np.array(str(jax.grad(f, allow_int=True)(n).dtype)),
     ),
     "jvp": with_scan(through, *LOSS, transform=lambda f: jax.jit(lambda *a: jax.jvp(f, a, a))),
     "jvp by xs alone": with_scan(through, *LOSS, transform=lambda f: lambda w, h, x: jax.jvp(lambda x: f(w, h, x), (x,), (x,))),
@@ -682,7 +682,7 @@ INSIDE = {
     "a linear solve of one's own": of(
         lambda h, x: (lax.custom_linear_solve(lambda v: 3 * v, jnp.tanh(h + x), lambda _, b: b / 3, lambda _, b: b / 3), None), START, XS
     ),
-    "reduced precision": of(lambda h, x: (lax.reduce_precision(jnp.tanh(h + x), 11, 45), None), START, XS),
+    "reduced precision": of(lambda h, x: (lax.reduce_precision(jnp.tanh(h + x), 11, 50), None), START, XS),
     "a callback for values": with_scan(
         lambda s: lambda h: s(lambda h, x: (jnp.tanh(h + jax.pure_callback(lambda a: np.sin(a), x, x, vmap_method="sequential")), h), h, XS), START
     ),
