@@ -103,7 +103,7 @@ def table(rows: list[Row]) -> str:
     "--home", type=click.Path(path_type=Path), default=ROOT / "out" / "conformance", help="Where the environments are made; out/conformance if not given."
 )
 def main(releases: tuple[str, ...], pythons: tuple[str, ...], home: Path) -> None:
-    given = dict(one.partition("=")[::2] for one in pythons)
+    given = {version: path for version, _, path in (one.partition("=") for one in pythons)}
     unknown = [one for one in pythons if one.partition("=")[0] not in RELEASES.values() or not one.partition("=")[2]]
     if unknown:
         raise click.UsageError(f"--python takes VERSION=PATH, VERSION being {', '.join(RELEASES.values())}; got {unknown[0]}.")
