@@ -100,9 +100,10 @@ class Program:
 
     @property
     def is_square(self) -> bool:
-        """Whether it may follow itself: the new carry has the shapes and dtypes of the old one."""
+        """Whether it may follow itself: the new carry has the shapes and dtypes of the old one, and is made of arrays."""
         old, new = self.avals[1], self.out_avals[0]
-        return len(old) == len(new) and all((a.shape, a.dtype) == (b.shape, b.dtype) for a, b in zip(old, new, strict=True))
+        arrays = all(hasattr(a, "dtype") for a in (*old, *new))
+        return arrays and len(old) == len(new) and all((a.shape, a.dtype) == (b.shape, b.dtype) for a, b in zip(old, new, strict=True))
 
     @property
     def recomputes(self) -> bool:
