@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -143,12 +143,14 @@ def _derivative(spec: Recurrence, stored: Callable, primals: tuple, tangents: tu
     consts, init, xs = primals
     consts_dot, init_dot, xs_dot = tangents
     final, ys, entering = stored(consts, init, xs)
-    active, runs = [_active(init_dot)], []
+    active, runs, emits = [_active(init_dot)], [], []
     for run, c, x, states, c_dot, x_dot in zip(spec.runs, consts, xs, entering, consts_dot, xs_dot, strict=True):
         of_consts, of_xs = _active(c_dot), _active(x_dot)
         old, new, emitting = active_leaves(run.program, run.repeats, of_consts, active[-1], of_xs)
         emitting = tuple(i for i in emitting if run.program.forwarded[i] is None)
-        runs.append(system.Linearised(run.program, run.structure, c, x, states, of_consts, old, of_xs, emitting, run.count))
+        emits.append(() if run.program.has_branches else emitting)
+        solved_for = emitting if run.program.has_branches else ()
+        runs.append(system.Linearised(run.program, run.structure, c, x, states, of_consts, old, of_xs, solved_for, run.count))
         active.append(new)
     check_runs(runs, spec.debug)
     at = system.System(runs, spec.method, spec.reverse)
@@ -162,7 +164,8 @@ def _derivative(spec: Recurrence, stored: Callable, primals: tuple, tangents: tu
 
     before = list(at.entering(solved))
     entering_dot = [_scattered(h, run.active_states, floats) for h, run, floats in zip(entering, runs, before, strict=True)]
-    ys_dot = [_emitted(run, y, h, some, moving) for run, y, h, some, moving in zip(runs, ys, entering, solved.runs, active[1:], strict=True)]
+    made = [_made(*each) for each in zip(runs, emits, given, before, solved.runs, strict=True)]
+    ys_dot = [_emitted(run, y, some, new, moving) for run, y, some, new, moving in zip(runs, ys, solved.runs, made, active[1:], strict=True)]
     last = prefix.first(solved.runs[-1].states, not spec.reverse) if runs[-1].count else solved.start
     return (final, ys, entering), (_scattered(final, active[-1], last), ys_dot, entering_dot)
 
@@ -173,10 +176,20 @@ def _scattered(like: list, moving: Sequence[int], floats: list) -> list:
     return [found[i] if i in moving else zero_from_primal(h, symbolic_zeros=True) for i, h in enumerate(like)]
 
 
-def _emitted(run: system.Linearised, ys: list, states: list, solved: system.RunUnknowns, moving: Sequence[int]) -> list:
-    """Tangents of a run's outputs: made by the solve, or those of the new carry where an output is a leaf of it."""
+def _made(run: system.Linearised, emits: tuple[int, ...], given: system.RunUnknowns, entering: list, solved: system.RunUnknowns) -> dict[int, Array]:
+    """Tangents of the outputs that are no leaves of the carry, by position.
+
+    They follow from the states' by one batched push outside of the solve, which would need a cotangent of every output, also of those that are not used.
+    Not with a `cond` in the step: see `Linearised.pull_inputs`.
+    """
+    if not emits:
+        return dict(zip(run.active_ys, solved.ys, strict=True))
+    return dict(zip(emits, replace(run, active_ys=emits).push_all(given.consts, entering, given.xs)[1], strict=True))
+
+
+def _emitted(run: system.Linearised, ys: list, solved: system.RunUnknowns, made: dict[int, Array], moving: Sequence[int]) -> list:
+    """Tangents of a run's outputs: made of the states', or those of the new carry where an output is a leaf of it."""
     leaving = dict(zip((i for i, h in enumerate(run.program.out_avals[0]) if checks.is_inexact(h)), solved.states, strict=True))
-    made = dict(zip(run.active_ys, solved.ys, strict=True))
 
     def one(i, y, source):
         if source is not None and source in moving:

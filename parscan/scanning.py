@@ -50,12 +50,12 @@ def traced_scan(
         return None
     try:
         lengths = {operator.index(n) for n in (*(x.shape[0] for x in leaves), *(() if length is None else (length,)))}
+        reverse, unroll = bool(reverse), unroll if isinstance(unroll, bool) else operator.index(unroll)
     except TypeError:  # a tracer's error is one, too
         return None
     if len(lengths) != 1:
         return None
-    (count,) = lengths
-    init_, x = Flat.of(init), Flat([slice_spec(leaf) for leaf in leaves], xs_tree)
+    (count,), init_ = lengths, Flat.of(init)
 
     def pair(_, h, x):
         out = f(h, x)
@@ -64,12 +64,13 @@ def traced_scan(
         return out
 
     update_wrapper(pair, f, assigned=("__name__", "__qualname__"))  # JAX names the function that it was tracing
-    flat, promoted = init_.leaves, True
     try:
-        while promoted:  # at most twice: a weakly typed carry takes the type that comes out, as in lax.scan
+        x = Flat([slice_spec(leaf) for leaf in leaves], xs_tree)
+        program, consts, out_tree = trace(pair, Flat.of(()), init_, x, emits=True)
+        flat, promoted = _promoted(init_.leaves, program)
+        if promoted:  # once, as by `lax.scan`
             program, consts, out_tree = trace(pair, Flat.of(()), Flat(flat, init_.tree), x, emits=True)
-            flat, promoted = _promoted(flat, program)
-    except _NotAScan:
+    except Exception:  # _NotAScan, f's own, or JAX's, which names the transformation that it was tracing for
         return None
     if not program.is_square:
         return None
@@ -78,16 +79,16 @@ def traced_scan(
     if structure is not None and not isinstance(plan.method, Lax):
         unrolled = (max(count, 1) if unroll else 1) if isinstance(unroll, bool) else unroll
         watches = (Watch("step", claim, leaves=names_of("carry", init)),) if debug else ()
-        spec = Recurrence((Run(program, structure, count, True),), plan.method, bool(reverse), unrolled, watches)
+        spec = Recurrence((Run(program, structure, count, True),), plan.method, reverse, unrolled, watches)
     return Traced(spec, plan, consts, flat, leaves, out_tree)
 
 
 def _promoted(flat: list, program: Program) -> tuple[list, bool]:
-    """Weakly typed leaves in the strong dtype that the step gives them, and whether there were any."""
+    """Weakly typed leaves to which the step gives another dtype in the one that holds both, and whether there were any; as in `lax.scan`."""
     done, changed = [], False
     for leaf, old, new in zip(flat, program.avals[1], program.out_avals[0], strict=True):
-        if getattr(old, "weak_type", False) and (old.dtype != new.dtype or not new.weak_type):
-            leaf, changed = lax.convert_element_type(jnp.asarray(leaf), new.dtype), True
+        if getattr(old, "weak_type", False) and old.dtype != new.dtype:
+            leaf, changed = lax.convert_element_type(leaf, jnp.result_type(leaf, new)), True
         done.append(leaf)
     return done, changed
 
@@ -144,7 +145,8 @@ def scan(
         (4,)
     """
     parsed, claim = parse_method(method), parse_structure(structure)
-    traced = None if isinstance(parsed, Lax) else traced_scan(f, init, xs, length, reverse, unroll, parsed, claim, bool(debug))
+    stepwise = isinstance(parsed, Lax) or (parsed is None and jax.config.jax_disable_jit)  # then f is given values, one by one: it need not be traceable
+    traced = None if stepwise else traced_scan(f, init, xs, length, reverse, unroll, parsed, claim, bool(debug))
     if traced is None or traced.spec is None:
         return lax.scan(f, init, xs, length, reverse, unroll, _split_transpose)
     final, (ys,) = run_recurrence(traced.spec, [traced.consts], traced.init, [traced.xs])

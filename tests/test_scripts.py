@@ -86,7 +86,14 @@ def test_bench_complains_in_one_line():
     assert done.returncode == 2 and "Traceback" not in done.stderr and "CELL:B:N" in done.stderr
 
 
-@pytest.mark.parametrize("script", ["train.py", "bench.py", "draw_tree.py"])
+def test_conformance_complains_in_one_line(tmp_path):
+    done = run("conformance.py", "--python", "3.9=python", "--home", tmp_path)
+    assert done.returncode == 2 and "Traceback" not in done.stderr and "VERSION=PATH" in done.stderr
+    done = run("conformance.py", "--jax", "0.12", "--python", "3.13=/nowhere/python", "--home", tmp_path)
+    assert done.returncode == 1 and "Traceback" not in done.stderr and "/nowhere/python" in done.stderr
+
+
+@pytest.mark.parametrize("script", ["train.py", "bench.py", "draw_tree.py", "conformance.py"])
 def test_help_has_real_text(script):
     done = run(script, "--help")
     assert done.returncode == 0

@@ -180,7 +180,7 @@ def cuts(closed: AnyJaxpr, tangents: Sequence[int]) -> Iterator[Cut]:
     if program is None:
         return
     body, moving = program.body, program.moving
-    limit = min(_size(program.tangents), _size(v for v in dict.fromkeys(body.outvars) if isinstance(v, core.Var) and v in moving))
+    limit = min(_size(program.tangents), _size(v for v in dict.fromkeys(v for v in body.outvars if isinstance(v, core.Var)) if v in moving))
     for through in _narrowest(program):
         if not through or _size(through) >= limit:
             continue

@@ -100,9 +100,10 @@ class Program:
 
     @property
     def is_square(self) -> bool:
-        """Whether it may follow itself: the new carry has the shapes and dtypes of the old one."""
+        """Whether it may follow itself: the new carry has the shapes and dtypes of the old one, and is made of arrays."""
         old, new = self.avals[1], self.out_avals[0]
-        return len(old) == len(new) and all((a.shape, a.dtype) == (b.shape, b.dtype) for a, b in zip(old, new, strict=True))
+        arrays = all(hasattr(a, "dtype") for a in (*old, *new))
+        return arrays and len(old) == len(new) and all((a.shape, a.dtype) == (b.shape, b.dtype) for a, b in zip(old, new, strict=True))
 
     @property
     def recomputes(self) -> bool:
@@ -183,7 +184,7 @@ def slice_spec(leaf: Any) -> jax.ShapeDtypeStruct:
     if isinstance(leaf, jax.Array) and any(axis is not None for axis in jax.typeof(leaf).sharding.spec):  # over explicit mesh axes
         sharding = jax.typeof(leaf).sharding
         sharding = sharding.update(spec=jax.sharding.PartitionSpec(*sharding.spec[1:]))
-    return jax.ShapeDtypeStruct(np.shape(leaf)[1:], dtype_of(leaf), sharding=sharding)
+    return jax.ShapeDtypeStruct(np.shape(leaf)[1:], dtype_of(leaf), sharding=sharding, weak_type=getattr(leaf, "weak_type", False))
 
 
 def _fingerprint(jaxpr: AnyJaxpr, unfolded: frozenset[int] = frozenset()) -> Hashable:

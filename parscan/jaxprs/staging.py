@@ -33,7 +33,7 @@ def staged(cross: Callable[[Any, Array], Array], data: Any, vector: jax.ShapeDty
     body, leaves = open_jaxpr(closed), jax.tree.leaves(data)
     stepwise, linear = set(body.invars[:-1]), {body.invars[-1]}
     shared_eqns, step_eqns, linear_eqns = [], [], []
-    for eqn in body.eqns:
+    for eqn in _used(body):
         inputs = _variables(eqn.invars)
         if inputs & linear:
             linear_eqns.append(eqn)
@@ -56,6 +56,16 @@ def staged(cross: Callable[[Any, Array], Array], data: Any, vector: jax.ShapeDty
     if not residuals:  # every step is the same map: only their number remains
         return [jnp.zeros((leaves[0].shape[0], 0))], lambda step, vector: rest(*constants, vector)[0]
     return list(stacked), lambda step, vector: rest(*constants, *step, vector)[0]
+
+
+def _used(body: Any) -> list[Any]:
+    """The equations that the outputs depend on: what a step emits and nobody reads must not weigh when ways are compared."""
+    needed, kept = _variables(body.outvars), []
+    for eqn in reversed(body.eqns):
+        if needed.intersection(eqn.outvars):
+            kept.append(eqn)
+            needed |= _variables(eqn.invars)
+    return kept[::-1]
 
 
 def _variables(atoms: Sequence[Any]) -> set[Any]:
