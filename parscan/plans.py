@@ -69,7 +69,7 @@ def plan(
     if traced is None:
         jax.eval_shape(lambda init, xs: lax.scan(f_, init, xs, length, reverse), init, xs)
         raise ValueError("`lax.scan` accepts these arguments, but parscan cannot read them; it leaves them to `lax.scan`.")
-    return traced.plan.named([init, init], _parameter(f, 0))
+    return traced.plan.named([traced.state] * 2, _parameter(f, 0))
 
 
 def _of_layers(layers: Any, params: Any, activations: Any, method: Any, claim: Any) -> Plan:

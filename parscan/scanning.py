@@ -31,14 +31,28 @@ class _NotAScan(Exception):
 
 @dataclass
 class Traced:
-    """A scan whose function has been traced and planned. `spec` is None if it is left to JAX."""
+    """A scan whose function has been traced and planned. `spec` is None if it is left to JAX.
+
+    varying: which leaves of the carry are the state of the recurrence; the others are handed on from step to step as they are, and are constants.
+    """
 
     spec: Recurrence | None
     plan: Plan
     consts: list
-    init: list
+    init: Flat
+    varying: list[int]
     xs: list
     out_tree: Any
+
+    @property
+    def state(self) -> Any:
+        """The carry with `None` for what does not vary."""
+        return only(self.init, self.varying)
+
+
+def only(given: Flat, places: list[int]) -> Any:
+    """A pytree with `None` for all leaves but some."""
+    return jax.tree.unflatten(given.tree, [leaf if i in places else None for i, leaf in enumerate(given.leaves)])
 
 
 def traced_scan(
@@ -73,13 +87,17 @@ def traced_scan(
         return None
     if not program.is_square:
         return None
+    init_, varying = Flat(flat, init_.tree), list(range(len(flat)))
+    if claim is None:  # a claim speaks of the whole carry
+        program, varying = program.with_fixed_leaves_as_constants()
+        consts = [*consts, *(leaf for i, leaf in enumerate(flat) if i not in varying)]
     plan, structure = plan_for(program, count, method, claim, fallback=Lax())
     spec = None
     if structure is not None and not isinstance(plan.method, Lax):
         unrolled = (max(count, 1) if unroll else 1) if isinstance(unroll, bool) else unroll
-        watches = (Watch("step", claim, leaves=names_of("carry", init)),) if debug else ()
+        watches = (Watch("step", claim, leaves=names_of("carry", only(init_, varying))),) if debug else ()
         spec = Recurrence((Run(program, structure, count, True),), plan.method, bool(reverse), unrolled, watches)
-    return Traced(spec, plan, consts, flat, leaves, out_tree)
+    return Traced(spec, plan, consts, init_, varying, leaves, out_tree)
 
 
 def _promoted(flat: list, program: Program) -> tuple[list, bool]:
@@ -147,5 +165,7 @@ def scan(
     traced = None if isinstance(parsed, Lax) else traced_scan(f, init, xs, length, reverse, unroll, parsed, claim, bool(debug))
     if traced is None or traced.spec is None:
         return lax.scan(f, init, xs, length, reverse, unroll, _split_transpose)
-    final, (ys,) = run_recurrence(traced.spec, [traced.consts], traced.init, [traced.xs])
-    return jax.tree.unflatten(traced.out_tree, [*final, *ys])
+    start, consts = traced.init.leaves, [c if hasattr(c, "shape") else jnp.asarray(c) for c in traced.consts]
+    some, (ys,) = run_recurrence(traced.spec, [consts], [start[i] for i in traced.varying], [traced.xs])
+    final = dict(zip(traced.varying, some, strict=True))
+    return jax.tree.unflatten(traced.out_tree, [*(final[i] if i in final else jnp.asarray(leaf) for i, leaf in enumerate(start)), *ys])
