@@ -245,8 +245,10 @@ def floats(tree):
     return [leaf for leaf in jax.tree.leaves(tree) if leaf.dtype != jax.dtypes.float0]
 
 
-@pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.__name__)
+RUNS = [(case, "parallel") for case in CASES] + [(case, "auto") for case in (linen_scan_of_a_cell, nnx_scan_of_a_cell, eqx_lstm)]  # docs/frameworks.md has more
+
+
+@pytest.mark.parametrize("case, method", RUNS, ids=lambda one: getattr(one, "__name__", one))
 def test_as_by_lax_scan(case, method, caplog):
     loss, args = made(case)
     want = wanted(case)

@@ -195,7 +195,12 @@ def jit_unless_staged(f: Callable) -> Callable:
     """f(spec, …) compiled for its `spec`, which says whether it `is_portable`; f itself while a `jit` or a loop is being traced, where another would
     add nothing, and if the program cannot leave the trace it was made in."""
     compiled = jax.jit(f, static_argnums=0)
-    return lambda spec, *args: (compiled if spec.is_portable and not core.unsafe_am_i_under_a_jit_DO_NOT_USE() else f)(spec, *args)
+    return lambda spec, *args: (compiled if spec.is_portable and not is_staged() else f)(spec, *args)
+
+
+def is_staged() -> bool:
+    """Whether a `jit` or a loop is being traced."""
+    return core.unsafe_am_i_under_a_jit_DO_NOT_USE()
 
 
 def slice_spec(leaf: Any) -> jax.ShapeDtypeStruct:
