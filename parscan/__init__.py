@@ -9,8 +9,8 @@ The J_i are independent of one another, and affine maps compose associatively: t
 O(log L) instead of L. Notation used throughout: L steps; n coordinates of the state, in B blocks of width m that never mix;
 *tangents* travel with the chain, *cotangents* against it; a value *enters* and *leaves* each map.
 
-Public names: `scan`, `chain`, `forward`, `parallel_backward`, `linear_scan`, `plan`; the methods `Lax`, `Sequential`, `Walk`, `Associative`,
-`Tree`, `Chunked`; the claim `Blocks`; the Jacobian kinds `Dense`, `Diagonal`, `BlockDiagonal`; the results `Gradients`, `Plan`;
+Public names: `scan`, `chain`, `forward`, `parallel_backward`, `linear_scan`, `plan`, `replacing_lax_scan`; the methods `Lax`, `Sequential`, `Walk`,
+`Associative`, `Tree`, `Chunked`; the claim `Blocks`; the Jacobian kinds `Dense`, `Diagonal`, `BlockDiagonal`; the results `Gradients`, `Plan`;
 `testing.check_structure`.
 """
 
@@ -22,6 +22,7 @@ from parscan.jacobians import Banded, BlockDiagonal, Dense, Diagonal, DirectSum,
 from parscan.linear import linear_scan
 from parscan.methods import Associative, Chunked, Lax, Method, Sequential, Tree, Walk
 from parscan.plans import plan
+from parscan.replacing import replacing_lax_scan
 from parscan.report import Plan
 from parscan.scanning import scan
 
@@ -55,6 +56,7 @@ __all__ = [
     "linear_scan",
     "parallel_backward",
     "plan",
+    "replacing_lax_scan",
     "scan",
     "testing",
 ]

@@ -369,7 +369,8 @@ def _by_system(part: Part, runs: list[system.Linearised], start: list, leaving: 
     at = system.System(runs, part.recurrence.method)
     zero = system.zeros(at)
     right = system.Unknowns(start, [some._replace(states=given) for some, given in zip(zero.runs, leaving, strict=True)])
-    solved = system.cotangents(at, right) if part.differentiable else system.solve_transposed(at, right)
+    with jax.numpy_rank_promotion("allow"):  # a setting for the user's layers, which have been traced
+        solved = system.cotangents(at, right) if part.differentiable else system.solve_transposed(at, right)
     return solved.start, solved.runs
 
 

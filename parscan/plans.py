@@ -65,11 +65,11 @@ def plan(
     if is_sequence(f):
         return _of_layers(f, init, xs, parsed, claim)
     f_: Any = f
-    traced = traced_scan(f_, init, xs, length, reverse, 1, parsed, claim)
+    traced = traced_scan(f_, init, xs, length, reverse, parsed, claim)
     if traced is None:
         jax.eval_shape(lambda init, xs: lax.scan(f_, init, xs, length, reverse), init, xs)
         raise ValueError("`lax.scan` accepts these arguments, but parscan cannot read them; it leaves them to `lax.scan`.")
-    return traced.plan.named([init, init], _parameter(f, 0))
+    return traced.plan.named([traced.state] * 2, _parameter(f, 0))
 
 
 def _of_layers(layers: Any, params: Any, activations: Any, method: Any, claim: Any) -> Plan:

@@ -126,7 +126,8 @@ def _differentiable(spec: Recurrence) -> tuple[Callable, Callable]:
         return _evenly((h, ys, entering), (consts, init, xs))
 
     def derivative(primals, tangents):
-        return _derivative(spec, stored, primals, tangents)
+        with jax.numpy_rank_promotion("allow"):  # a setting for the user's step, which has been traced
+            return _derivative(spec, stored, primals, tangents)
 
     def shorter(primals, tangents):
         outs, dots = derivative(primals, tangents)

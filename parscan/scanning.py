@@ -14,7 +14,7 @@ from jax import lax
 
 from parscan.claims import Claim, parse_structure
 from parscan.debug import Watch, names_of
-from parscan.jaxprs import Flat, Program, slice_spec, trace
+from parscan.jaxprs import Flat, Program, is_staged, jit_unless_staged, obstacle, slice_spec, trace
 from parscan.methods import Lax, Method, parse_method
 from parscan.planning import plan_for
 from parscan.recurrence import Recurrence, Run, run_recurrence
@@ -29,20 +29,66 @@ class _NotAScan(Exception):
     """What f returns is not what `lax.scan` takes."""
 
 
+@dataclass(frozen=True)
+class _AsTraced:
+    """A `lax.scan` of a step that has been traced."""
+
+    program: Program
+    count: int
+    reverse: bool
+    unroll: int | bool
+    split_transpose: bool
+
+    @property
+    def is_portable(self) -> bool:
+        return self.program.is_portable
+
+
+_scan_as_traced = jit_unless_staged(
+    lambda spec, consts, init, xs: lax.scan(lambda h, x: spec.program(consts, h, x), init, xs, spec.count, spec.reverse, spec.unroll, spec.split_transpose)
+)
+
+
 @dataclass
 class Traced:
-    """A scan whose function has been traced and planned. `spec` is None if it is left to JAX."""
+    """A scan whose function has been traced and planned.
+
+    spec: None if it is left to JAX. as_traced: then, the same scan of what has been traced; None if the function itself must be given to JAX.
+    varying: which leaves of the carry are the state of the recurrence; the others are handed on from step to step as they are, and are constants.
+    """
 
     spec: Recurrence | None
+    as_traced: _AsTraced | None
     plan: Plan
     consts: list
-    init: list
+    init: Flat
+    varying: list[int]
     xs: list
     out_tree: Any
 
+    @property
+    def state(self) -> Any:
+        """The carry with `None` for what does not vary."""
+        return only(self.init, self.varying)
+
+
+def only(given: Flat, places: list[int]) -> Any:
+    """A pytree with `None` for all leaves but some."""
+    return jax.tree.unflatten(given.tree, [leaf if i in places else None for i, leaf in enumerate(given.leaves)])
+
 
 def traced_scan(
-    f: Callable, init: Any, xs: Any, length: int | None, reverse: bool, unroll: int | bool, method: Method | None, claim: Claim | None, debug: bool = False
+    f: Callable,
+    init: Any,
+    xs: Any,
+    length: int | None,
+    reverse: bool,
+    method: Method | None,
+    claim: Claim | None,
+    *,
+    unroll: int | bool = 1,
+    split_transpose: bool = False,
+    debug: bool = False,
 ) -> Traced | None:
     """None where `lax.scan` would raise: let it, in its own words."""
     leaves, xs_tree = jax.tree.flatten(xs)
@@ -55,32 +101,45 @@ def traced_scan(
         return None
     if len(lengths) != 1:
         return None
-    (count,), init_ = lengths, Flat.of(init)
+    (count,) = lengths
+    found = _trace_step(f, Flat.of(init), leaves, xs_tree)
+    if found is None:
+        return None
+    program, consts, init_, out_tree = found
+    varying = list(range(program.num_carry))
+    if claim is None:  # a claim speaks of the whole carry
+        program, varying = program.with_fixed_leaves_as_constants()
+        consts = [*consts, *(leaf for i, leaf in enumerate(init_.leaves) if i not in varying)]
+    plan, structure = plan_for(program, count, method, claim, fallback=Lax())
+    spec, as_traced = None, None
+    if structure is not None and not isinstance(plan.method, Lax):
+        unrolled = (max(count, 1) if unroll else 1) if isinstance(unroll, bool) else unroll
+        watches = (Watch("step", claim, leaves=names_of("carry", only(init_, varying))),) if debug else ()
+        spec = Recurrence((Run(program, structure, count, True),), plan.method, bool(reverse), unrolled, watches)
+    elif is_staged() or obstacle(program) is None:  # traced again, a function that draws from a state of its own would draw other numbers
+        as_traced = _AsTraced(program, count, bool(reverse), unroll, split_transpose)
+    return Traced(spec, as_traced, plan, consts, init_, varying, leaves, out_tree)
+
+
+def _trace_step(f: Callable, init: Flat, xs: list, xs_tree: Any) -> tuple[Program, list, Flat, Any] | None:
+    """The step, the values that it closes over, the first carry in the dtypes that the step gives it, and the tree of its output. None if it is no step."""
 
     def pair(_, h, x):
         out = f(h, x)
-        if not isinstance(out, tuple) or len(out) != 2 or jax.tree.structure(out[0]) != init_.tree:
+        if not isinstance(out, tuple) or len(out) != 2 or jax.tree.structure(out[0]) != init.tree:
             raise _NotAScan
         return out
 
     update_wrapper(pair, f, assigned=("__name__", "__qualname__"))  # JAX names the function that it was tracing
     try:
-        x = Flat([slice_spec(leaf) for leaf in leaves], xs_tree)
-        program, consts, out_tree = trace(pair, Flat.of(()), init_, x, emits=True)
-        flat, promoted = _promoted(init_.leaves, program)
+        x = Flat([slice_spec(leaf) for leaf in xs], xs_tree)
+        program, consts, out_tree = trace(pair, Flat.of(()), init, x, emits=True)
+        flat, promoted = _promoted(init.leaves, program)
         if promoted:  # once, as by `lax.scan`
-            program, consts, out_tree = trace(pair, Flat.of(()), Flat(flat, init_.tree), x, emits=True)
+            program, consts, out_tree = trace(pair, Flat.of(()), Flat(flat, init.tree), x, emits=True)
     except Exception:  # _NotAScan, f's own, or JAX's, which names the transformation that it was tracing for
         return None
-    if not program.is_square:
-        return None
-    plan, structure = plan_for(program, count, method, claim, fallback=Lax())
-    spec = None
-    if structure is not None and not isinstance(plan.method, Lax):
-        unrolled = (max(count, 1) if unroll else 1) if isinstance(unroll, bool) else unroll
-        watches = (Watch("step", claim, leaves=names_of("carry", init)),) if debug else ()
-        spec = Recurrence((Run(program, structure, count, True),), plan.method, reverse, unrolled, watches)
-    return Traced(spec, plan, consts, flat, leaves, out_tree)
+    return (program, consts, Flat(flat, init.tree), out_tree) if program.is_square else None
 
 
 def _promoted(flat: list, program: Program) -> tuple[list, bool]:
@@ -116,7 +175,8 @@ def scan(
     `parscan.plan` says which, and why.
 
     Args:
-        f: (carry, x) -> (carry, y), as for `lax.scan`; traced once, twice if the carry is weakly typed, once more if it is left to JAX.
+        f: (carry, x) -> (carry, y), as for `lax.scan`; traced once, twice if the carry is weakly typed; once more outside of `jax.jit` if
+            there is something in it that cannot be parallel.
         init: pytree of arrays, any shapes and dtypes; only its floating-point leaves are differentiated.
         xs: pytree of arrays with a common leading axis L, or None.
         length: L, needed if xs is None.
@@ -146,8 +206,16 @@ def scan(
     """
     parsed, claim = parse_method(method), parse_structure(structure)
     stepwise = isinstance(parsed, Lax) or (parsed is None and jax.config.jax_disable_jit)  # then f is given values, one by one: it need not be traceable
-    traced = None if stepwise else traced_scan(f, init, xs, length, reverse, unroll, parsed, claim, bool(debug))
-    if traced is None or traced.spec is None:
+    traced = None
+    if not stepwise:
+        traced = traced_scan(f, init, xs, length, reverse, parsed, claim, unroll=unroll, split_transpose=_split_transpose, debug=bool(debug))
+    if traced is None or (traced.spec is None and traced.as_traced is None):
         return lax.scan(f, init, xs, length, reverse, unroll, _split_transpose)
-    final, (ys,) = run_recurrence(traced.spec, [traced.consts], traced.init, [traced.xs])
-    return jax.tree.unflatten(traced.out_tree, [*final, *ys])
+    start, consts = traced.init.leaves, [c if hasattr(c, "shape") else jnp.asarray(c) for c in traced.consts]
+    state = [start[i] for i in traced.varying]
+    if traced.spec is None:
+        some, ys = _scan_as_traced(traced.as_traced, consts, state, traced.xs)
+    else:
+        some, (ys,) = run_recurrence(traced.spec, [consts], state, [traced.xs])
+    final = dict(zip(traced.varying, some, strict=True))
+    return jax.tree.unflatten(traced.out_tree, [*(final[i] if i in final else jnp.asarray(leaf) for i, leaf in enumerate(start)), *ys])

@@ -381,6 +381,50 @@ def test_strict_promotion():
     assert half.dtype == jnp.bfloat16
 
 
+@pytest.mark.parametrize("jitted", [False, True])
+@pytest.mark.parametrize("method", ["auto", "tree"])
+def test_a_function_with_a_state_of_its_own_is_traced_once(method, jitted):
+    """As Flax's counters of random numbers: traced a second time it would be another function."""
+
+    def run(scan):
+        seen = []
+
+        def f(h, x):
+            seen.append(None)
+            return jnp.tanh(h + x) * len(seen), h
+
+        call = lambda h: scan(f, h, XS)
+        return (jax.jit(call) if jitted else call)(START), len(seen)
+
+    got, want = run(functools.partial(parscan.scan, method=method)), run(lax.scan)
+    assert_close(got, want, 1e-14)
+    assert got[1] == 1
+
+
+MIXINGS = {
+    "Banded": lambda h: h + 0.3 * jnp.roll(h, 1).at[0].set(0),
+    "Sparse": lambda h: h + 0.3 * h[np.arange(24) // 5 * 5],
+    "LowRank": lambda h: 0.5 * h + h.mean(),
+    "Dense": lambda h: jnp.cos(jnp.outer(jnp.arange(24.0), jnp.arange(24.0))) @ h / 5,
+}
+
+
+@pytest.mark.parametrize("kind", MIXINGS)
+def test_no_promotion_of_rank(kind, method="tree"):
+    """The setting is for the user's step: parscan's own arrays of maps, vectors and exponents are not its business."""
+    f = lambda h, x: (jnp.tanh(MIXINGS[kind](h) + x), h)
+    xs = jnp.sin(jnp.arange(24.0 * 7)).reshape(7, 24)
+    with jax.numpy_rank_promotion("raise"):
+        assert parscan.plan(f, xs[0], xs, method=method).kind == kind
+        run = lambda scan: jax.jit(jax.grad(lambda h, xs: jnp.sum(scan(f, h, xs)[1] ** 2), (0, 1)))(xs[0], xs)
+        assert_close(run(functools.partial(parscan.scan, method=method)), run(lax.scan), 1e-10)
+        layer = lambda x, h: f(h, x)[0]
+        grads = parscan.parallel_backward(layer, xs, parscan.forward(layer, xs, xs[0])[1], xs[0], method=method)
+        assert grads.input.shape == (24,)
+        with pytest.raises(ValueError, match="rank_promotion"):
+            run(lambda _, h, xs: parscan.scan(lambda h, x: ((jnp.ones((2, 24)) * h).sum(0), h), h, xs, method=method))
+
+
 def test_a_length_that_is_an_array():
     f = lambda h, _: (jnp.tanh(h), h)
     assert_close(parscan.scan(f, START, length=jnp.int32(3)), lax.scan(f, START, length=3), 0)

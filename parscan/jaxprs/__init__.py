@@ -6,7 +6,7 @@ from parscan.jaxprs.dependence import Dependence, Mixing, dependence, influenced
 from parscan.jaxprs.elements import components, pattern
 from parscan.jaxprs.factors import Cut, Separable, cuts, separable
 from parscan.jaxprs.obstacles import is_batchable, obstacle
-from parscan.jaxprs.program import Flat, Program, equations, in_floats, jit_unless_staged, slice_spec, trace
+from parscan.jaxprs.program import Flat, Program, equations, in_floats, is_staged, jit_unless_staged, slice_spec, trace
 from parscan.jaxprs.staging import staged
 from parscan.jaxprs.variation import variation
 
@@ -29,6 +29,7 @@ __all__ = [
     "in_floats",
     "influenced_by",
     "is_batchable",
+    "is_staged",
     "jit_unless_staged",
     "masks_nothing",
     "mixings",

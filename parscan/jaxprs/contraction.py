@@ -3,6 +3,9 @@
 The cotangent of a weight shared by all steps is a sum over the steps *and* over what a step itself sums over, a batch: two axes of one
 `dot_general`. XLA brings the operands of such a product into order by copying one of them, which on a CPU costs more than the product.
 Where the axes lie side by side in both operands, they are one axis already.
+
+Not so if the inner one, a batch, is sharded over devices: it would be gathered first. How arrays are sharded is not known while a program is traced, how many
+devices there are is.
 """
 
 from __future__ import annotations
@@ -19,12 +22,14 @@ from parscan.jaxprs.program import open_jaxpr, part
 
 
 def contracted(f: Callable, *args: Any) -> Any:
-    """f(*args), every product over several adjacent axes being taken over one.
+    """f(*args), every product over several adjacent axes being taken over one, if there is but one device.
 
     Args:
         f: a function of pytrees of arrays; traced once, not called.
         args: what it is given.
     """
+    if jax.device_count() > 1:
+        return f(*args)
     closed, out = jax.make_jaxpr(f, return_shape=True)(*args)
     return jax.tree.unflatten(jax.tree.structure(out), _run(open_jaxpr(closed), closed.consts, jax.tree.leaves(args)))
 

@@ -54,11 +54,12 @@ class Program:
         No other constant is looked at: it may be a weight.
     """
 
-    def __init__(self, closed: AnyJaxpr, num_consts: int, num_carry: int, num_new: int):
+    def __init__(self, closed: AnyJaxpr, num_consts: int, num_carry: int, num_new: int, values: dict[int, np.ndarray] | None = None):
         jaxpr = open_jaxpr(closed)
         self.jaxpr = core.ClosedJaxpr(jaxpr.replace(constvars=(), invars=[*jaxpr.constvars, *jaxpr.invars]), ())
         self.num_consts, self.num_carry, self.num_new = num_consts, num_carry, num_new
-        values = {i: value for i, given in enumerate(getattr(closed, "consts", ())) if (value := _whole_numbers(given)) is not None}
+        if values is None:
+            values = {i: value for i, given in enumerate(getattr(closed, "consts", ())) if (value := _whole_numbers(given)) is not None}
         self.known = {i: values[i] for i in sorted(_indexing(self.jaxpr, values, range(num_consts, num_consts + num_carry)))}
         known = tuple((i, _constant(value)) for i, value in self.known.items())
         self._key = (num_consts, num_carry, num_new, known, _fingerprint(self.jaxpr))
@@ -97,6 +98,22 @@ class Program:
         outvars = open_jaxpr(self.jaxpr).outvars
         carry = {var: i for i, var in reversed(list(enumerate(outvars[: self.num_new]))) if isinstance(var, core.Var)}
         return tuple(carry.get(var) if isinstance(var, core.Var) else None for var in outvars[self.num_new :])
+
+    def with_fixed_leaves_as_constants(self) -> tuple[Program, list[int]]:
+        """The same step, the leaves of the carry that it hands on as they are being constants, after its own; and the leaves that are left.
+
+        Frameworks keep the weights of a layer in the carry of its loop: they belong to no Jacobian.
+        """
+        body, first = open_jaxpr(self.jaxpr), self.num_consts
+        before, carry, after = body.invars[:first], body.invars[first : first + self.num_carry], body.invars[first + self.num_carry :]
+        left = [i for i, (old, new) in enumerate(zip(carry, body.outvars, strict=False)) if old is not new]
+        if len(left) == self.num_carry:
+            return self, left
+        consts = [*before, *(v for i, v in enumerate(carry) if i not in left)]
+        invars = [*consts, *(carry[i] for i in left), *after]
+        outvars = [*(body.outvars[i] for i in left), *body.outvars[self.num_new :]]
+        cut = body.replace(invars=invars, outvars=outvars, debug_info=_nameless(body))
+        return Program(cut, len(consts), len(left), len(left), self.known), left
 
     @property
     def is_square(self) -> bool:
@@ -166,16 +183,25 @@ def in_floats(f: Callable[[list[Any]], Sequence[Any]], leaves: Sequence[Any]) ->
 
 def part(body: Any, invars: Sequence[Any], eqns: Sequence[Any], outvars: Sequence[Any]) -> Callable[..., list[Any]]:
     """Some equations of a jaxpr as a function from values of `invars` to values of `outvars`."""
-    no_names = body.debug_info._replace(arg_names=None, result_paths=None)  # their number no longer fits
-    cut = body.replace(constvars=(), invars=list(invars), outvars=list(outvars), eqns=list(eqns), debug_info=no_names)
+    cut = body.replace(constvars=(), invars=list(invars), outvars=list(outvars), eqns=list(eqns), debug_info=_nameless(body))
     return core.jaxpr_as_fun(core.ClosedJaxpr(cut, ()))
+
+
+def _nameless(body: Any) -> Any:
+    """For a jaxpr whose inputs and outputs are others than its names were given for."""
+    return body.debug_info._replace(arg_names=None, result_paths=None)
 
 
 def jit_unless_staged(f: Callable) -> Callable:
     """f(spec, …) compiled for its `spec`, which says whether it `is_portable`; f itself while a `jit` or a loop is being traced, where another would
     add nothing, and if the program cannot leave the trace it was made in."""
     compiled = jax.jit(f, static_argnums=0)
-    return lambda spec, *args: (compiled if spec.is_portable and not core.unsafe_am_i_under_a_jit_DO_NOT_USE() else f)(spec, *args)
+    return lambda spec, *args: (compiled if spec.is_portable and not is_staged() else f)(spec, *args)
+
+
+def is_staged() -> bool:
+    """Whether a `jit` or a loop is being traced."""
+    return core.unsafe_am_i_under_a_jit_DO_NOT_USE()
 
 
 def slice_spec(leaf: Any) -> jax.ShapeDtypeStruct:
