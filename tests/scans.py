@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from hypothesis import strategies as st
 from jax import lax
-from operations import WIDE, Operation, Picker, Shape, Unfit, looped
+from operations import WIDE, Operation, Picker, Shape, Unfit, looped, window
 from programs import drawn_operations, fitted
 
 import parscan
@@ -131,12 +131,19 @@ def damped(x):
 damped.defvjp(lambda x: (jnp.sin(x), x), lambda x, g: (jnp.tanh(g) * jnp.cos(x),))
 
 
+def pooled(p: Picker) -> Operation:
+    """A window may be of padding alone, hence infinite."""
+    run = window(p)
+    return lambda v, c: jnp.clip(run(v, c), -9, 9)
+
+
 def own_vjp(p: Picker) -> Operation:
     i, _ = p.value(0)
     return lambda v, c: damped(v[i])
 
 
 MORE = [counted_index, counted_index, flagged, noise, stopped, activation, cast, rematerialised, gated, gated]
+TABLE = [*(pooled if f is window else f for f in WIDE), *MORE, *MORE]
 
 
 # --- transformations: of functions from a list of arrays to a pytree ----------------------------------------------------------
@@ -381,8 +388,7 @@ def scans(draw, most: int = 3) -> Scan:
     )
     shapes = [leaf.shape for leaf in case.leaves if leaf.is_float and leaf.kind != "empty"]
     case.constants = [leaf for leaf in case.leaves if not leaf.is_float]
-    table = [*WIDE, *MORE, *MORE]
-    table = [f for f in table if f is not looped] if "grad" in transformations else table  # a while loop has no reverse mode,
+    table = [f for f in TABLE if f is not looped or "grad" not in transformations]  # a while loop has no reverse mode,
     table = table if "jvp" in transformations else [*table, own_vjp]  # a custom VJP no forward mode
     if shapes:
         case.operations = drawn_operations(draw, table, shapes, case.constants, most, case.dtype)
