@@ -83,10 +83,10 @@ def traced_scan(
 
 
 def _promoted(flat: list, program: Program) -> tuple[list, bool]:
-    """Weakly typed leaves in the strong dtype that the step gives them, and whether there were any."""
+    """Weakly typed leaves in the other dtype that the step gives them, and whether there were any."""
     done, changed = [], False
     for leaf, old, new in zip(flat, program.avals[1], program.out_avals[0], strict=True):
-        if getattr(old, "weak_type", False) and (old.dtype != new.dtype or not new.weak_type):
+        if getattr(old, "weak_type", False) and old.dtype != new.dtype:
             leaf, changed = lax.convert_element_type(jnp.asarray(leaf), new.dtype), True
         done.append(leaf)
     return done, changed
