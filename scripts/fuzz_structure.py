@@ -12,15 +12,13 @@ options to go on.
 
 from __future__ import annotations
 
-import json
-import os
 import sys
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import click
-from tqdm import tqdm
+from chunks import finished, options
 
 CHUNK = 200
 TIGHT = 0.95
@@ -59,28 +57,10 @@ def summary(chunks: list[dict[str, Any]]) -> tuple[str, bool]:
 
 
 @click.command(help=__doc__)
-@click.option("--examples", default=20000, show_default=True, help="How many programs.")
-@click.option("--seed", default=0, show_default=True, help="Of the programs and of the points.")
-@click.option("--state", "path", type=click.Path(path_type=Path), default=Path("fuzz_structure.json"), show_default=True, help="Finished chunks.")
-def main(examples: int, seed: int, path: Path) -> None:
-    os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
-    import jax
-
-    jax.config.update("jax_enable_x64", True)
-    state = json.loads(path.read_text()) if path.exists() else {"seed": seed, "chunks": {}}
-    if state["seed"] != seed:
-        raise click.UsageError(f"{path} holds a run with seed {state['seed']}; got --seed {seed}.")
-    sizes = {str(chunk): min(CHUNK, examples - chunk * CHUNK) for chunk in range(-(-examples // CHUNK))}
-    missing = [chunk for chunk, size in sizes.items() if state["chunks"].get(chunk, {"counts": {}})["counts"].get("programs") != size]
-    try:
-        for chunk in tqdm(missing, unit="chunk", initial=len(sizes) - len(missing), total=len(sizes)):
-            state["chunks"][chunk] = run_chunk(seed, int(chunk), sizes[chunk])
-            written = path.with_suffix(".tmp")
-            written.write_text(json.dumps(state))
-            written.replace(path)
-    except KeyboardInterrupt:
-        click.echo("Stopped; start again with the same options to go on.")
-    text, fine = summary([state["chunks"][chunk] for chunk in sizes if chunk in state["chunks"]])
+@options(20000, "fuzz_structure.json")
+def main(**run: Any) -> None:
+    chunks, _ = finished(run_chunk, size=CHUNK, **run)
+    text, fine = summary(chunks)
     click.echo(text)
     sys.exit(not fine)
 

@@ -31,6 +31,9 @@ class Constant(NamedTuple):
             return random.choice([-1.0, 1.0], self.shape) * random.uniform(0.3, 1.5, self.shape)
         return random.integers(self.low, self.high, self.shape).astype(np.int32)
 
+    def spec(self, dtype: Any) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(self.shape, dtype if self.low is None else np.int32)
+
 
 class Unfit(Exception):
     """No value is of the rank that an operation needs."""
@@ -399,7 +402,7 @@ def solve(p: Picker) -> Operation:
 
     def run(v, c):
         x = v[i].reshape(-1, *shape[-2:])[0]
-        matrix = 4 * jnp.eye(shape[-2]) + c[w]
+        matrix = 4 * jnp.eye(shape[-2], dtype=x.dtype) + c[w]
         return f(matrix, x) if left else jax.vmap(f, (None, 1), 1)(matrix, x[:, :, None])
 
     return run
@@ -430,7 +433,7 @@ def inner_scan(p: Picker) -> Operation:
             carry = jnp.tanh(carry * c[w] + x)
             return carry, carry * x
 
-        final, ys = lax.scan(step, jnp.zeros(shape[1:]) * c[w], v[i], reverse=reverse)
+        final, ys = lax.scan(step, jnp.zeros_like(v[i][0]) * c[w], v[i], reverse=reverse)
         return final if last else ys
 
     return run

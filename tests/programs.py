@@ -28,14 +28,14 @@ class RandomProgram:
         values = list(state)
         for _, _, operation in self.operations:
             values.append(operation(values, constants))
-        return [_fitted(values[i], shape, self.narrow) for i, shape in zip(self.outputs, self.shapes, strict=True)]
+        return [fitted(values[i], shape, self.narrow) for i, shape in zip(self.outputs, self.shapes, strict=True)]
 
     def point(self, random: np.random.Generator) -> tuple[list[Any], list[Any]]:
         """Random constants and a random state."""
         return [jnp.asarray(c.value(random)) for c in self.constants], [jnp.asarray(random.standard_normal(shape)) for shape in self.shapes]
 
 
-def _fitted(x: Any, shape: Shape, narrow: bool) -> Any:
+def fitted(x: Any, shape: Shape, narrow: bool) -> Any:
     """x in another shape: by reductions and broadcasts, or, unless `narrow`, cut and padded in raveled order."""
     if x.shape == shape:
         return x
@@ -48,25 +48,31 @@ def _fitted(x: Any, shape: Shape, narrow: bool) -> Any:
     return jnp.broadcast_to(x, shape)
 
 
-@st.composite
-def programs(draw, narrow: bool, most: int = 6) -> RandomProgram:
-    """Programs of up to `most` operations, of all kinds or only of elementwise operations, broadcast, transpose, reduce and dot."""
-    states = list(draw(st.sampled_from(STATES)))
-    shapes, constants, operations = list(states), [], []
+def drawn_operations(draw, table: Sequence[Any], shapes: list[Shape], constants: list[Any], most: int, dtype: Any = float) -> list[tuple[str, list, Operation]]:
+    """Up to `most` operations out of a table, with what was drawn for each; their values join `shapes`, their constants `constants`."""
+    operations = []
     for _ in range(draw(st.integers(1, most))):
-        operation = draw(st.sampled_from(NARROW if narrow else WIDE))
+        operation = draw(st.sampled_from(table))
         picker = Picker(draw, shapes, list(constants))
         try:
             run = operation(picker)
         except Unfit:
             continue
-        like = [jax.ShapeDtypeStruct(s, float) for s in shapes]
-        given = [jax.ShapeDtypeStruct(c.shape, float if c.low is None else np.int32) for c in picker.constants]
-        shape = jax.eval_shape(run, like, given).shape
+        like = [jax.ShapeDtypeStruct(s, dtype) for s in shapes]
+        shape = jax.eval_shape(run, like, [c.spec(dtype) for c in picker.constants]).shape
         if 0 < int(np.prod(shape)) <= LARGEST:
             operations.append((operation.__name__, picker.log, run))
             shapes.append(shape)
-            constants = picker.constants
+            constants[:] = picker.constants
+    return operations
+
+
+@st.composite
+def programs(draw, narrow: bool, most: int = 6) -> RandomProgram:
+    """Programs of up to `most` operations, of all kinds or only of elementwise operations, broadcast, transpose, reduce and dot."""
+    states = list(draw(st.sampled_from(STATES)))
+    shapes, constants = list(states), []
+    operations = drawn_operations(draw, NARROW if narrow else WIDE, shapes, constants, most)
     outputs = []
     for shape in states:
         fits = [i for i, other in enumerate(shapes) if other == shape]
