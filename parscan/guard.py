@@ -34,28 +34,30 @@ class Found(NamedTuple):
     walked: Array | None = None
 
 
-def is_sound(found: Found, groups: Sequence[Group], epsilon: float) -> Array:
-    """Whether all is finite, and told and walked agree to half the digits of the largest value in their block. A bool, one for a whole batch.
+def is_sound(found: Found, groups: Sequence[Group], epsilon: float, reverse: bool) -> Array:
+    """Whether all is finite, and told and walked agree to half the digits of the largest value in their block so far. A bool, one for a whole batch.
+
+    So far on the journey: what a map gets wrong may grow behind it until it drowns itself.
 
     epsilon: of the precision that the maps are computed in.
     """
-    largest = _by_block(jnp.abs(found.values), groups)
-    good = jnp.isfinite(largest).all()
+    good = jnp.isfinite(found.values).all()
     if found.told is not None and found.walked is not None and found.told.shape[0]:
         info = jnp.finfo(found.values.dtype)
+        scale = lax.cummax(_by_block(jnp.maximum(jnp.abs(found.told), jnp.abs(found.walked)), groups), reverse=reverse)
         gap, nothing = _by_block(jnp.abs(found.told - found.walked), groups), info.tiny / info.eps
-        good &= (gap <= 8 * math.sqrt(epsilon) * largest + nothing).all()
+        good &= (gap <= 8 * math.sqrt(epsilon) * scale + nothing).all()
     return _everywhere(good)
 
 
 def _by_block(x: Array, groups: Sequence[Group]) -> Array:
-    """The largest entry of each block over all maps: (m, p) -> (blocks,). NaN where there is one."""
-    x, found, start = x.max(0), [], 0
+    """The largest entry of each block: (m, p) -> (m, blocks). NaN where there is one."""
+    found, start = [], 0
     for group in groups:
         if group.size:
-            found.append(x[start : start + group.size].reshape(group.blocks, group.side).max(-1))
+            found.append(x[:, start : start + group.size].reshape(-1, group.blocks, group.side).max(-1))
         start += group.size
-    return jnp.concatenate(found)
+    return jnp.concatenate(found, axis=1)
 
 
 @jax.custom_batching.custom_vmap

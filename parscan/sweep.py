@@ -91,7 +91,9 @@ def _swept(journey: list[tuple[Chain, Array]], start: Array, method: Method, rev
     values = [one.values for one in found]
     if not (isinstance(method, Parallel) and method.guard):
         return values
-    good = jnp.stack([guard.is_sound(one, chain.forms.after, chain.precision(offsets)) for one, (chain, offsets) in zip(found, journey, strict=True)]).all()
+    good = jnp.stack(
+        [guard.is_sound(one, chain.forms.after, chain.precision(offsets), reverse) for one, (chain, offsets) in zip(found, journey, strict=True)]
+    ).all()
     return guard.guarded(values, good, lambda: _one_after_another(journey, start, reverse))
 
 

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import lax
-from support import LOG_DEPTH, assert_close
+from support import LOG_DEPTH, assert_close, equations
 
 import parscan
 
@@ -148,3 +148,60 @@ def masked(name, scan, **options):
 def test_an_infinite_slope_behind_a_mask(name, method):
     """Jacobians are formed in the direction of travel: 0 · inf, kept out one way, would be let in the other."""
     assert_close(masked(name, parscan.scan, method=METHODS.get(method, method)), masked(name, lax.scan), 1e-12)
+
+
+# --- what products of maps lose, and the guard gives back ---------------------------------------------------------------------------------
+
+SWAP = jnp.asarray([[8.5, 7.5], [7.5, 8.5]])  # the difference of the two stays as it is, their sum grows
+pair = lambda a, b: {"a": a, "b": b}
+broken = lambda t: jnp.where(t == 50, jnp.nan, 1.0)
+LOST = {  # name: (step, start, xs, what is read)
+    "growth of the sum, read by the difference": (lambda h, t: (SWAP @ h, None), jnp.asarray([1.0, -1.0]), lambda h, ys: h[0] - h[1]),
+    "the same, later": (lambda h, t: (jnp.where(t > 70, SWAP, jnp.eye(2)) @ h, None), jnp.asarray([1.0, -1.0]), lambda h, ys: h[0] - h[1]),
+    "cotangents that cancel": (lambda h, t: (2 * h, h), jnp.ones(()), lambda h, ys: h - ys[1:].sum()),
+    "one coordinate overflows": (
+        lambda h, t: (pair(2.0**12 * h["a"], h["b"] + 0.5 * h["a"]), None),
+        pair(jnp.ones(4), jnp.ones(4)),
+        lambda h, ys: h["a"].sum() + h["b"].sum(),
+    ),
+    "NaN at one step": (lambda h, t: (pair(jnp.tanh(broken(t) * h["a"]), h["b"] + h["a"]), None), pair(jnp.ones(4), jnp.ones(4)), lambda h, ys: h["b"].sum()),
+    "an infinite cotangent": (
+        lambda h, t: (pair(jnp.sin(h["a"]), h["b"] + h["a"]), None),
+        pair(jnp.ones(4), jnp.ones(4)),
+        lambda h, ys: jnp.inf * h["a"][0] + h["b"].sum(),
+    ),
+}
+
+
+@functools.cache
+def lost(name, method, mode):
+    step, start, read = LOST[name]
+    scan = lax.scan if method is None else functools.partial(parscan.scan, method=method)
+    run = lambda h: scan(step, h, jnp.arange(128))
+    if mode == "grad":
+        return jax.jit(jax.grad(lambda h: read(*run(h))))(start)
+    if mode == "grad of vmap":
+        both = lambda h: jnp.sum(jax.vmap(lambda h: read(*run(h)))(jax.tree.map(lambda x: jnp.stack([x, jnp.zeros_like(x)]), h)))
+        return jax.jit(jax.grad(both))(start)
+    return jax.jit(lambda h: jax.jvp(lambda h: run(h)[0], (h,), (h,))[1])(start)
+
+
+@pytest.mark.parametrize("mode", ["grad", "jvp", "grad of vmap"])
+@pytest.mark.parametrize("name", LOST)
+@pytest.mark.parametrize("method", METHODS)
+def test_as_one_step_after_another(method, name, mode):
+    got, want = lost(name, METHODS[method], mode), lost(name, None, mode)
+    jax.tree.map(lambda g, w: np.testing.assert_allclose(g, w, rtol=1e-6), got, want)
+
+
+def test_without_its_guard_a_tree_loses_them():
+    got, want = (lost("growth of the sum, read by the difference", method, "grad") for method in (parscan.Tree(guard=False), None))
+    assert not np.allclose(got, want)
+
+
+def test_one_branch_under_vmap():
+    """A batched answer would compute both branches, always."""
+    run = lambda h: parscan.scan(lambda h, _: (SWAP @ h, None), h, None, length=64, method="tree")[0]
+    program = jax.make_jaxpr(jax.grad(lambda h: jnp.sum(jax.vmap(jax.vmap(run))(h))))(jnp.ones((3, 2, 2)))
+    branches = [eqn for eqn in equations(program) if eqn.primitive.name == "cond"]
+    assert branches and all(eqn.invars[0].aval.shape == () for eqn in branches)
