@@ -837,6 +837,9 @@ SETTINGS = {
     "no promotion of rank, second order": under(
         functools.partial(jax.numpy_rank_promotion, "raise"), with_scan(through, *LOSS, transform=lambda f: jax.jit(jax.hessian(f, 1)))
     ),
+    "no promotion of rank, a permutation beside an elementwise leaf": under(
+        functools.partial(jax.numpy_rank_promotion, "raise"), of(lambda c, x: ((c[0][::-1] * x, c[1] + x), c[0]), (START, START), XS)
+    ),
     "a promotion of rank": under(functools.partial(jax.numpy_rank_promotion, "raise"), of(lambda h, x: (h * x, None), jnp.ones((2, 3)), XS)),
     "strict dtypes": under(functools.partial(jax.numpy_dtype_promotion, "strict"), of(lambda h, x: (jnp.tanh(h * x), h), *as_(HALF, START, XS))),
     "strict dtypes beside a counter": under(
