@@ -205,7 +205,8 @@ def scan(
         (4,)
     """
     parsed, claim = parse_method(method), parse_structure(structure)
-    stepwise = isinstance(parsed, Lax) or (parsed is None and jax.config.jax_disable_jit)  # then f is given values, one by one: it need not be traceable
+    # Without jit f is given values, one by one: it need not be traceable.
+    stepwise = isinstance(parsed, Lax) or (parsed is None and bool(jax.config.jax_disable_jit))  # pyright: ignore[reportAttributeAccessIssue]
     traced = None
     if not stepwise:
         traced = traced_scan(f, init, xs, length, reverse, parsed, claim, unroll=unroll, split_transpose=_split_transpose, debug=bool(debug))

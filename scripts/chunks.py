@@ -7,14 +7,18 @@ import multiprocessing
 import os
 import time
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
 import click
 from tqdm import tqdm
 
-TASKS = 5  # of a process: what it has compiled goes with it
+
+def apart(run_chunk: Callable, *arguments: int) -> dict[str, Any]:
+    """In a new process, with which all goes that it has compiled."""
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
+        return process.submit(run_chunk, *arguments).result()
 
 
 def settings() -> None:
@@ -31,10 +35,10 @@ def finished(run_chunk: Callable[[int, int, int], dict[str, Any]], examples: int
         raise click.UsageError(f"{path} holds a run with seed {state['seed']}; got --seed {seed}.")
     sizes = {str(chunk): min(size, examples - chunk * size) for chunk in range(-(-examples // size))}
     missing = [chunk for chunk, count in sizes.items() if state["chunks"].get(chunk, {}).get("examples") != count]
-    before, begin = state["seconds"], time.monotonic()
-    pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), max_tasks_per_child=TASKS)
+    before, begin = state.get("seconds", 0.0), time.monotonic()
+    pool = ThreadPoolExecutor(workers)
     try:
-        running = {pool.submit(run_chunk, seed, int(chunk), sizes[chunk]): chunk for chunk in missing}
+        running = {pool.submit(apart, run_chunk, seed, int(chunk), sizes[chunk]): chunk for chunk in missing}
         for done in tqdm(as_completed(running), unit="chunk", initial=len(sizes) - len(missing), total=len(sizes)):
             state["chunks"][running[done]] = {"examples": sizes[running[done]], **done.result()}
             state["seconds"] = before + time.monotonic() - begin

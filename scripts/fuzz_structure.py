@@ -28,11 +28,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 
 def run_chunk(seed: int, chunk: int, count: int) -> dict[str, Any]:
     """What `count` programs show; odd chunks are of few primitives."""
-    import jax
     from fuzzing import tally
 
     found = tally(narrow=bool(chunk % 2), count=count, seed=f"{seed}:{chunk}")
-    jax.clear_caches()
     return {"narrow": found.narrow, "counts": found.counts, "primitives": found.primitives, "violations": found.violations}
 
 

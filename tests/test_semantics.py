@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import lax
-from support import assert_close
+from support import assert_close, round_through
 
 import parscan
 
@@ -219,6 +219,17 @@ def doubled(rule, **options):
     q = jax.custom_jvp(lambda h, *_: jnp.sin(h), **options)
     q.defjvp(rule)
     return q
+
+
+def test_the_second_derivative_of_a_rule_is_that_of_a_plain_loop():
+    """`lax.scan` of JAX 0.10 and 0.11 forgets there that the function has a rule, and differentiates the function itself; that of 0.12 does not."""
+    step = lambda h: jnp.tanh(h + jnp.cos(h) * round_through(2 * h))
+
+    def curvature(repeated):
+        return jax.jvp(jax.grad(lambda h: jnp.sum(jnp.sin(repeated(h)))), (START,), (jnp.cos(START),))
+
+    loop = lambda h: functools.reduce(lambda h, _: step(h), range(3), h)
+    assert_close(curvature(lambda h: parscan.scan(lambda h, _: (step(h), None), h, length=3, method="tree")[0]), curvature(loop), 1e-12)
 
 
 @dataclasses.dataclass
