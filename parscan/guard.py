@@ -26,12 +26,11 @@ FALLBACK = "parscan_one_after_another"  # its name in programs and profiles
 class Found(NamedTuple):
     """What leaves the maps of one chain.
 
-    values: (L, p). told, walked: (m, p), the same m values of a chain, found in both ways; None where no product was taken.
+    values: (L, p). both_ways: () -> told and walked, (m, p), the same m values; None where no product was taken.
     """
 
     values: Array
-    told: Array | None = None
-    walked: Array | None = None
+    both_ways: Callable[[], tuple[Array, Array]] | None = None
 
 
 def is_sound(found: Found, groups: Sequence[Group], epsilon: float, reverse: bool) -> Array:
@@ -42,10 +41,10 @@ def is_sound(found: Found, groups: Sequence[Group], epsilon: float, reverse: boo
     epsilon: of the precision that the maps are computed in.
     """
     good = jnp.isfinite(found.values).all()
-    if found.told is not None and found.walked is not None and found.told.shape[0]:
-        info = jnp.finfo(found.values.dtype)
-        scale = lax.cummax(_by_block(jnp.maximum(jnp.abs(found.told), jnp.abs(found.walked)), groups), reverse=reverse)
-        gap, nothing = _by_block(jnp.abs(found.told - found.walked), groups), info.tiny / info.eps
+    if found.both_ways is not None:
+        (told, walked), info = found.both_ways(), jnp.finfo(found.values.dtype)
+        scale = lax.cummax(_by_block(jnp.maximum(jnp.abs(told), jnp.abs(walked)), groups), reverse=reverse)
+        gap, nothing = _by_block(jnp.abs(told - walked), groups), info.tiny / info.eps
         good &= (gap <= 8 * math.sqrt(epsilon) * scale + nothing).all()
     return _everywhere(good)
 

@@ -85,7 +85,8 @@ def _chain(A: Jacobian, count: int) -> Chain:
             return jnp.zeros((count, 0)), lambda data: jax.tree.map(lambda x: x[None], A)
         return A, lambda some: some
 
-    return Chain(lambda: _entries(A, count), forming, forms_of(A), _is_shared(A))
+    epsilon = float(jnp.finfo(jax.tree.leaves(A)[0].dtype).eps)
+    return Chain(lambda: _entries(A, count), forming, forms_of(A), _is_shared(A), epsilon)
 
 
 def _is_shared(A: Jacobian) -> bool:

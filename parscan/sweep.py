@@ -34,17 +34,14 @@ class Chain(NamedTuple):
     forming: () -> (data with leading axis L, map of stacked entries of data to their Jacobians, stacked).
     forms: of the Jacobians, in the direction of travel; the vectors before and after a map have different lengths only if L is 1.
     same: all maps are one.
-    epsilon: of the precision in which a map is computed, if that is less than its vectors have.
+    epsilon: of the precision in which a map is computed, which may be less than its vectors have.
     """
 
     crossing: Callable[[], tuple[Any, Callable[[Any, Array], Array]]]
     forming: Callable[[], tuple[Any, Callable[[Any], Jacobian]]]
     forms: Forms
-    same: bool = False
-    epsilon: float = 0.0
-
-    def precision(self, offsets: Array) -> float:
-        return max(self.epsilon, float(jnp.finfo(offsets.dtype).eps))
+    same: bool
+    epsilon: float
 
 
 def sweep(chains: Sequence[Chain], start: Array, offsets: Sequence[Array], method: Method, *, reverse: bool) -> list[Array]:
@@ -91,10 +88,8 @@ def _swept(journey: list[tuple[Chain, Array]], start: Array, method: Method, rev
     values = [one.values for one in found]
     if not (isinstance(method, Parallel) and method.guard):
         return values
-    good = jnp.stack(
-        [guard.is_sound(one, chain.forms.after, chain.precision(offsets), reverse) for one, (chain, offsets) in zip(found, journey, strict=True)]
-    ).all()
-    return guard.guarded(values, good, lambda: _one_after_another(journey, start, reverse))
+    good = [guard.is_sound(one, chain.forms.after, chain.epsilon, reverse) for one, (chain, _) in zip(found, journey, strict=True)]
+    return guard.guarded(values, jnp.stack(good).all(), lambda: _one_after_another(journey, start, reverse))
 
 
 def _one_after_another(journey: list[tuple[Chain, Array]], start: Array, reverse: bool) -> list[Array]:
@@ -115,19 +110,19 @@ def _through_one(chain: Chain, start: Array, offsets: Array, method: Method, rev
             maps = _formed(chain, offsets)
             values = prefix.tree(maps, start, affine.apply, affine.then, reverse=reverse)
             odd = slice(values.shape[0] % 2 if reverse else 1, None, 2)  # of the journey; the others' own maps have made them
-            return Found(values, *_both_ways(maps, start, values, odd, reverse))
+            return Found(values, partial(_both_ways, maps, start, values, odd, reverse))
         case Associative():
             maps = _formed(chain, offsets)
             values = prefix.associative(affine.scaled(_closed(maps)), start, affine.apply, affine.then, reverse=reverse)
-            return Found(values, *_both_ways(maps, start, values, slice(None), reverse))
+            return Found(values, partial(_both_ways, maps, start, values, slice(None), reverse))
         case Chunked(size=size, levels=levels):
             return _chunked(chain, start, offsets, size or 1, levels, reverse)
     raise TypeError(f"no journey by {method!r}")
 
 
 def _both_ways(maps: Affine, start: Array, values: Array, places: slice, reverse: bool) -> tuple[Array, Array]:
-    """Some of the values, and what their own maps make of those before them."""
-    before = prefix.entering(prefix.boundaries(start, values, reverse), reverse)
+    """Some of the values, and what their own maps make of those before them. A single map may change the width."""
+    before = start[None] if values.shape[0] == 1 else prefix.entering(prefix.boundaries(start, values, reverse), reverse)
     return values[places], affine.apply(prefix.take(maps, places), before[places])
 
 
@@ -212,23 +207,20 @@ class Folded:
 
     def unfolded(self, start: Array, left: list[Array]) -> Found:
         """What leaves every step, from the vectors leaving every map of the stacks."""
-        found, told, walked = [], [], []
+        found, checks = [], []
         for (lo, hi), values in zip(self.bounds, left, strict=True):
-            # a single map may change the width
-            before = start[None] if values.shape[0] == 1 else prefix.entering(prefix.boundaries(start, values, self.reverse), self.reverse)
             size = min(self.size, hi - lo)
             if size > 1:
+                before = prefix.entering(prefix.boundaries(start, values, self.reverse), self.reverse)
                 found.append(prefix.unfold(self._steps(lo, hi), before, size=size, cross=self.fold.cross, reverse=self.reverse))
-                told.append(values)
-                walked.append(_ends(found[-1], size, self.reverse))
+                checks.append(lambda told=values, steps=found[-1], size=size: (told, _ends(steps, size, self.reverse)))
             else:
                 found.append(values)
                 if lo in self.formed:
-                    told.append(values)
-                    walked.append(affine.apply(self.formed[lo], before))
+                    checks.append(partial(_both_ways, self.formed[lo], start, values, slice(None), self.reverse))
             start = found[-1][0 if self.reverse else -1]
-        whole = jnp.concatenate(found[:: -1 if self.reverse else 1])
-        return Found(whole, jnp.concatenate(told), jnp.concatenate(walked)) if told else Found(whole)
+        both_ways = (lambda: jax.tree.map(lambda *some: jnp.concatenate(some), *(check() for check in checks))) if checks else None
+        return Found(jnp.concatenate(found[:: -1 if self.reverse else 1]), both_ways)
 
 
 def _crossed(chain: Chain, start: Array, offsets: Array, reverse: bool) -> Array:
@@ -285,10 +277,12 @@ def _chunked(chain: Chain, start: Array, offsets: Array, size: int, levels: int 
 
     steps = (fold.data, offsets)
     values = prefix.chunked(steps, start, size=size, identity=fold.identity, extend=fold.extend, cross=fold.cross, through=through, reverse=reverse)
-    if not told:
-        return Found(values)
-    ends, count = _ends(values[: values.shape[0] // size * size], size, reverse), told[0].shape[0]
-    return Found(values, told[0], ends[ends.shape[0] - count :] if reverse else ends[:count])
+
+    def both_ways():
+        ends, count = _ends(values[: values.shape[0] // size * size], size, reverse), told[0].shape[0]
+        return told[0], ends[ends.shape[0] - count :] if reverse else ends[:count]
+
+    return Found(values, both_ways if told and told[0].shape[0] else None)
 
 
 def _ends(values: Array, size: int, reverse: bool) -> Array:
