@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import functools
+import json
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -237,3 +242,22 @@ def labels_of_blocks(layout: Any) -> np.ndarray:
     """For every entry of a layout's vector, which block it is in."""
     sides = [group.side for group in layout.groups for _ in range(group.blocks)]
     return np.repeat(np.arange(len(sides)), sides)
+
+
+# --- scripts ---------------------------------------------------------------------------------------------------------------------
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def run_script(name: str, *arguments: Any, without: tuple[str, ...] = ()) -> subprocess.CompletedProcess:
+    """Runs one of `scripts/`, without some of the environment's variables."""
+    environment = {name: value for name, value in os.environ.items() if name not in without}
+    command = [sys.executable, str(ROOT / "scripts" / name), *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=300, env={**environment, "JAX_PLATFORMS": "cpu"})
+
+
+def found_before(state: Path) -> None:
+    """Writes a violation into the first chunk of a script's state, as if its run had found one."""
+    found = json.loads(state.read_text())
+    found["chunks"]["0"]["violations"] = ["found before"]
+    state.write_text(json.dumps(found))

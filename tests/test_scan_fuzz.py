@@ -2,18 +2,11 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 from fuzzing import FRESH, shrink_scans, tally_of_scans
+from support import found_before, run_script
 
 from parscan import system
-
-SCRIPT = Path(__file__).resolve().parents[1] / "scripts" / "fuzz_scans.py"
 
 
 @pytest.mark.parametrize("batch", range(6))
@@ -36,15 +29,11 @@ def test_a_wrong_derivative_is_found(name, monkeypatch):
 
 
 def test_the_script_says_what_disagrees(tmp_path):
-    def run():
-        command = [sys.executable, str(SCRIPT), "--examples", "2", "--state", str(tmp_path / "state.json"), "--workers", "1"]
-        return subprocess.run(command, capture_output=True, text=True, timeout=300, env={**os.environ, "JAX_PLATFORMS": "cpu"})
-
+    state = tmp_path / "state.json"
+    run = lambda: run_script("fuzz_scans.py", "--examples", 2, "--state", state, "--workers", 1)
     first = run()
     assert first.returncode == 0, first.stderr
     assert "2 scans, 2 of them distinct" in first.stdout and "\n0 disagreements" in first.stdout
-    state = json.loads((tmp_path / "state.json").read_text())
-    state["chunks"]["0"]["violations"] = ["found before"]
-    (tmp_path / "state.json").write_text(json.dumps(state))
+    found_before(state)
     again = run()
     assert again.returncode == 1 and "1 disagreements\nfound before" in again.stdout

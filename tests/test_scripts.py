@@ -2,27 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
+from support import run_script
 
-ROOT = Path(__file__).resolve().parents[1]
-
-
-def run(script, *arguments):
-    """Compiled as for any user: with none of the suite's settings for XLA."""
-    environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
-    return subprocess.run(
-        [sys.executable, str(ROOT / "scripts" / script), *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        timeout=300,
-        env={**environment, "JAX_PLATFORMS": "cpu"},
-    )
+run = functools.partial(run_script, without=("XLA_FLAGS",))  # compiled as for any user: with none of the suite's settings for XLA
 
 
 def test_train_on_real_series(tmp_path):

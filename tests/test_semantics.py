@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conformance import Converts
 from jax import lax
 from support import assert_close, round_through
 
@@ -314,21 +315,6 @@ def test_numpy_arrays_in_double_precision():
     with jax.enable_x64(False):
         grads = parscan.parallel_backward(lambda p, h: jnp.tanh(h * p), jnp.ones((5, 3)), np.ones((6, 3)), jnp.ones(3))
         assert grads.input.dtype == jnp.float32
-
-
-@jax.tree_util.register_pytree_node_class
-class Converts:
-    """A container that converts what it is given."""
-
-    def __init__(self, a):
-        self.a = jnp.asarray(a)
-
-    def tree_flatten(self):
-        return (self.a,), None
-
-    @classmethod
-    def tree_unflatten(cls, _, children):
-        return cls(*children)
 
 
 def test_containers_hold_nothing_but_arrays():

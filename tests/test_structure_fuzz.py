@@ -3,11 +3,6 @@
 from __future__ import annotations
 
 import functools
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
@@ -16,10 +11,10 @@ import pytest
 from fuzzing import tally
 from oracle import Tally
 from programs import RandomProgram
+from support import found_before, run_script
 
 from parscan.jaxprs import elements, moves
 
-SCRIPT = Path(__file__).resolve().parents[1] / "scripts" / "fuzz_structure.py"
 cached = functools.cache(tally)
 
 
@@ -61,16 +56,12 @@ def test_a_missed_dependence_is_found(name, monkeypatch):
 
 
 def test_the_script_goes_on_where_it_stopped(tmp_path):
-    def run(*arguments):
-        command = [sys.executable, str(SCRIPT), "--examples", "3", "--state", str(tmp_path / "state.json"), *arguments]
-        return subprocess.run(command, capture_output=True, text=True, timeout=300, env={**os.environ, "JAX_PLATFORMS": "cpu"})
-
+    state = tmp_path / "state.json"
+    run = lambda *arguments: run_script("fuzz_structure.py", "--examples", 3, "--state", state, *arguments)
     first = run()
     assert first.returncode == 0, first.stderr
     assert "3 programs" in first.stdout and "0 violations" in first.stdout
-    state = json.loads((tmp_path / "state.json").read_text())
-    state["chunks"]["0"]["violations"] = ["found before"]
-    (tmp_path / "state.json").write_text(json.dumps(state))
+    found_before(state)
     again = run()
     assert again.returncode == 1 and "1 violations\n  found before" in again.stdout  # the chunk was not run again
     other = run("--seed", "1")
