@@ -107,8 +107,8 @@ class Program:
         body, first = open_jaxpr(self.jaxpr), self.num_consts
         before, carry, after = body.invars[:first], body.invars[first : first + self.num_carry], body.invars[first + self.num_carry :]
         left = [i for i, (old, new) in enumerate(zip(carry, body.outvars, strict=False)) if old is not new]
-        if len(left) == self.num_carry:
-            return self, left
+        if len(left) in (0, self.num_carry):  # without any left there would be no recurrence to speak of
+            return self, list(range(self.num_carry))
         consts = [*before, *(v for i, v in enumerate(carry) if i not in left)]
         invars = [*consts, *(carry[i] for i in left), *after]
         outvars = [*(body.outvars[i] for i in left), *body.outvars[self.num_new :]]
