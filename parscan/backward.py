@@ -16,7 +16,7 @@ from parscan.chains import Layers
 from parscan.claims import parse_structure
 from parscan.debug import Watch, check_runs
 from parscan.jaxprs import is_batchable, jit_unless_staged
-from parscan.methods import Lax, Method, Sequential, parse_method
+from parscan.methods import Lax, Method, Sequential, Travelling, parse_method
 from parscan.network import Link, Network, is_sequence, like_sequence, read_sequence, read_stacked, stack
 from parscan.planning import Stretch, plan_chain
 from parscan.recurrence import Recurrence, Run
@@ -329,7 +329,7 @@ def _states_after(link: Link) -> list[jax.ShapeDtypeStruct]:
 def _part(network: Network, stretch: Stretch, watch: Watch | None) -> Part:
     links = network.links[stretch.lo : stretch.hi]
     closed_over = tuple(link.closed_over for link in links)
-    if stretch.structures is not None and not isinstance(stretch.plan.method, Lax):
+    if stretch.structures is not None and isinstance(stretch.plan.method, Travelling):
         return Part(network.recurrence(stretch, stretch.structures, stretch.plan.method, watch), closed_over, False, True)
     by_jax = isinstance(stretch.plan.method, Lax) or not all(is_batchable(link.step.program) for link in links)
     dense = structures_of([(link.step.program, link.step.repeats) for link in links], "dense")
@@ -367,7 +367,7 @@ def _linearised(run: Run, consts: list, xs: list, states: list, closed_over: int
 def _by_system(part: Part, runs: list[system.Linearised], start: list, leaving: list[list]) -> tuple[list, list[system.RunUnknowns]]:
     check_runs(runs, part.recurrence.debug)
     at = system.System(runs, part.recurrence.method)
-    zero = system.zeros(at)
+    zero = system.zeros(at, jnp.float32(0))
     right = system.Unknowns(start, [some._replace(states=given) for some, given in zip(zero.runs, leaving, strict=True)])
     with jax.numpy_rank_promotion("allow"):  # a setting for the user's layers, which have been traced
         solved = system.cotangents(at, right) if part.differentiable else system.solve_transposed(at, right)

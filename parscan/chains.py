@@ -12,7 +12,7 @@ from jax import lax
 from parscan import checks
 from parscan.claims import Claim, parse_structure
 from parscan.debug import Watch
-from parscan.methods import Lax, Method, parse_method
+from parscan.methods import Lax, Method, Travelling, parse_method
 from parscan.network import Network, check_layers, is_sequence, read_sequence, read_stacked
 from parscan.planning import plan_chain
 from parscan.recurrence import run_recurrence, run_recurrence_stored, run_steps, shifted
@@ -128,8 +128,9 @@ def _run(network: Network, method: Method | None, claim: Claim | None, watch: Wa
     for stretch in stretches:
         links = network.links[stretch.lo : stretch.hi]
         consts, xs = [link.consts for link in links], [link.xs for link in links]
-        by_jax = stretch.structures is None or isinstance(stretch.plan.method, Lax)
-        spec = None if by_jax else network.recurrence(stretch, stretch.structures, stretch.plan.method, watch)
+        spec = None
+        if stretch.structures is not None and isinstance(stretch.plan.method, Travelling):
+            spec = network.recurrence(stretch, stretch.structures, stretch.plan.method, watch)
         if spec is not None and stored:
             h, _, entering = run_recurrence_stored(spec, consts, h, xs)
         elif spec is not None:

@@ -27,7 +27,7 @@ from parscan import order, prefix
 from parscan.checks import dtype_of, is_inexact
 from parscan.jacobians import BlockDiagonal, DirectSum, Jacobian, product
 from parscan.jaxprs import Program, flops, flops_on, obstacle
-from parscan.methods import Associative, Chunked, Lax, Method, Sequential, Walk
+from parscan.methods import Associative, Chunked, Lax, Method, Sequential, Travelling, Walk
 from parscan.proof import derivative
 from parscan.structure import Forms, Structure, kind_name
 from parscan.sweep import order_of_products, sides_and_blocks
@@ -59,9 +59,23 @@ class Costs:
         self.flops[stage] += int(flops)
         self.bytes[stage] += int(bytes)
 
+    def follow(self, one: Costs, times: int) -> None:
+        """So many times that, each in the memory of what was before; the cotangents stay."""
+        for stage in STAGES:
+            self.flops[stage] += times * one.flops[stage]
+            self.bytes[stage] = self.bytes[stage] + times * one.bytes[stage] if stage == "down-sweep" else max(self.bytes[stage], one.bytes[stage])
+
     def plain(self) -> tuple[int, dict[str, int], dict[str, int]]:
         """Depth, FLOPs and bytes, with the total, stage after stage."""
         return self.depth, _ordered(self.flops), _ordered(self.bytes)
+
+
+def human(number: int) -> tuple[str, str]:
+    """Three digits, and the unit: k, M, G, …"""
+    value, unit, units = float(number), "", iter("kMGTPE")
+    while value >= 999.5:
+        value, unit = value / 1000, next(units)
+    return f"{value:.0f}" if value >= 100 or not unit else f"{value:.3g}", unit
 
 
 def _ordered(found: Counter[str]) -> dict[str, int]:
@@ -119,11 +133,16 @@ def costs(steps: Sequence[Step], structures: Sequence[Structure] | None, method:
         _Run(step.count, push, _form_flops(step.program, one, push), one.forms(transposed=True), one.same, np.dtype(one.before.dtype))
         for step, push, one in zip(steps, pushes, structures, strict=True)
     ]
+    assert isinstance(method, Travelling)
+    in_segments = method.segment is not None and any(run.count > method.segment for run in runs)
     for journey in _journeys(runs[::-1]):
-        if len(journey) > 1 and not isinstance(method, Walk):
+        depth = 0
+        if in_segments:
+            for run in journey:
+                depth = _by_segments(found, run, method, depth)
+        elif len(journey) > 1 and not isinstance(method, Walk):
             depth = _through_order(found, journey, method)
         else:
-            depth = 0
             for run in journey:
                 depth = _through_one(found, run, method, depth)
         found.depth = max(found.depth, depth)
@@ -169,18 +188,29 @@ def _journeys(runs: Sequence[_Run]) -> Iterator[list[_Run]]:
 # --- one run ------------------------------------------------------------------------------------------------------------
 
 
-def _through_one(found: Costs, run: _Run, method: Method, at: int) -> int:
-    """When the last vector is known, the one that enters being known at `at`."""
+def _by_segments(found: Costs, run: _Run, method: Travelling, at: int) -> int:
+    """When the last vector is known, the one that enters being known at `at`: segment after segment."""
+    assert method.segment is not None
+    several, rest = divmod(run.count, method.segment)
+    for count, times in ((rest, 1), (method.segment, several)):
+        if count and times:
+            one = Costs()
+            at += times * _through_one(one, replace(run, count=count), method, 0)
+            found.follow(one, times)
+    return at
+
+
+def _through_one(found: Costs, run: _Run, method: Travelling, at: int) -> int:
+    """The same, all steps at once."""
     if run.count == 1:
         found.add("down-sweep", run.push, run.vector)
         return at + 1
     match method:
-        case Walk(segment=segment):
-            segment = min(segment or run.count, run.count)
+        case Walk():
             one = abstract(run.forms, run.dtype)
-            found.add("forming", run.distinct * run.form, (1 if run.same else segment) * one.nbytes)
+            found.add("forming", run.distinct * run.form, run.distinct * one.nbytes)
             found.add("down-sweep", run.count * one.apply_flops, run.count * run.vector)
-            return at + run.count + (1 if run.same else -(-run.count // segment))
+            return at + run.count + 1
         case Associative():
             return _associative(found, run, at)
         case Chunked(size=size, levels=levels):

@@ -12,7 +12,7 @@ from jax import Array, lax
 
 from parscan import checks, prefix
 from parscan.jacobians import BlockDiagonal, Dense, Diagonal, Jacobian
-from parscan.methods import Chunked, Lax, Method, Sequential, Tree, Walk, parse_method
+from parscan.methods import Chunked, Lax, Method, Sequential, Travelling, Tree, Walk, parse_method
 from parscan.structure import forms_of
 from parscan.sweep import Chain, sweep
 
@@ -50,11 +50,12 @@ def linear_scan(A: Jacobian, b: Array, h0: Array, *, reverse: bool = False, meth
     if isinstance(parsed, Lax):
         data, cross = _entries(A, b.shape[0])
         return prefix.walk((data, b), h0, lambda step, h: cross(step[0], h) + step[1], reverse=reverse)
-    return _solved(_sized(parsed, A, b.shape[0]), reverse, A, b, h0)
+    assert parsed is None or isinstance(parsed, Travelling)
+    return _solved(_sized(parsed), reverse, A, b, h0)
 
 
 @partial(jax.jit, static_argnums=(0, 1))
-def _solved(method: Method, reverse: bool, A: Jacobian, b: Array, h0: Array) -> Array:
+def _solved(method: Travelling, reverse: bool, A: Jacobian, b: Array, h0: Array) -> Array:
     count = b.shape[0]
 
     def apply(h):
@@ -64,9 +65,14 @@ def _solved(method: Method, reverse: bool, A: Jacobian, b: Array, h0: Array) -> 
 
     def solve(transposed, r):
         back = reverse != transposed
-        start = prefix.first(r, back)
-        (values,) = sweep([_chain(A.transpose() if transposed else A, count)], start, [prefix.leaving(r, back)], method, reverse=back)
-        return prefix.boundaries(start, values, back)
+        maps, start = A.transpose() if transposed else A, prefix.first(r, back)
+
+        def cross(entering, steps, count):
+            (values,) = sweep([_chain(maps if _is_shared(A) else steps[0], count)], entering, [steps[1]], method, reverse=back)
+            return values[0 if back else -1], values
+
+        steps = (None if _is_shared(A) else maps, prefix.leaving(r, back))
+        return prefix.boundaries(start, prefix.by_segments(cross, start, steps, count, method.segment, reverse=back)[1], back)
 
     h = lax.custom_linear_solve(apply, prefix.boundaries(h0, b, reverse), lambda _, r: solve(False, r), transpose_solve=lambda _, c: solve(True, c))
     return prefix.leaving(h, reverse)
@@ -93,15 +99,13 @@ def _is_shared(A: Jacobian) -> bool:
     return jax.tree.leaves(A)[0].ndim == _RANK[type(A)]
 
 
-def _sized(method: Method | None, A: Jacobian, count: int) -> Method:
+def _sized(method: Travelling | None) -> Travelling:
     """There is nothing to form, so a walk needs no segments."""
     match method:
         case None:
-            return Walk(max(count, 1)) if jax.default_backend() == "cpu" else Tree()
-        case Sequential():
-            return Walk(max(count, 1))
-        case Walk(segment=None):
-            return replace(method, segment=max(count, 1))
+            return Walk() if jax.default_backend() == "cpu" else Tree()
+        case Sequential(segment=segment):
+            return Walk(segment)
         case Chunked(size=None):
             return replace(method, size=8)
     return method

@@ -3,15 +3,15 @@
 A chain of `L` affine maps is cut into segments, a segment into chunks, and the maps of the chunks are combined by some
 levels of a tree; what is left is walked one map after another.
 
-| method         | segment | chunk size | tree levels                                       |
-|----------------|---------|------------|---------------------------------------------------|
-| `Sequential()` | L       | L          | none: a loop of VJPs (or JVPs) of the layer       |
-| `Walk(S)`      | S       | 1          | none: a loop of matrix-vector products            |
-| `Chunked(K)`   | L       | K          | all, or as many as asked for                      |
-| `Tree()`       | L       | 1          | all                                               |
-| `Associative()`| L       | 1          | all, by `lax.associative_scan`, for comparison    |
+| method         | segment unless asked for | chunk size | tree levels                                    |
+|----------------|--------------------------|------------|------------------------------------------------|
+| `Sequential()` | L                        | L          | none: a loop of VJPs (or JVPs) of the layer    |
+| `Walk()`       | what stays in cache      | 1          | none: a loop of matrix-vector products         |
+| `Chunked(K)`   | L                        | K          | all, or as many as asked for                   |
+| `Tree()`       | L                        | 1          | all                                            |
+| `Associative()`| L                        | 1          | all, by `lax.associative_scan`, for comparison |
 
-`Lax()` leaves the whole differentiation to JAX.
+Segments follow one another, and each has the memory of the one before. `Lax()` leaves the whole differentiation to JAX.
 """
 
 from __future__ import annotations
@@ -40,7 +40,26 @@ class Method:
 
 
 @dataclass(frozen=True, repr=False)
-class Parallel(Method):
+class Travelling(Method):
+    """A method that takes the chain's linear maps, rather than JAX's own way back.
+
+    Args:
+        segment: steps that are linearised, crossed and pulled back to parameters and inputs at once, which bounds memory: beside the states that the
+            forward pass stores, that of one segment. `None` for all steps, or for as many as the device has memory for.
+    """
+
+    segment: int | None = field(default=None, kw_only=True)
+
+    def __post_init__(self) -> None:
+        _check(self, "segment", 1, "to have it chosen")
+
+    def __repr__(self) -> str:
+        shown = ((one, getattr(self, one.name)) for one in fields(self))
+        return f"{type(self).__name__}({', '.join(f'{one.name}={value!r}' for one, value in shown if not one.kw_only or value != one.default)})"
+
+
+@dataclass(frozen=True, repr=False)
+class Parallel(Travelling):
     """A method that forms Jacobians.
 
     Args:
@@ -52,12 +71,9 @@ class Parallel(Method):
     guard: bool = field(default=True, kw_only=True)
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if not isinstance(self.guard, bool):
             raise TypeError(f"`{type(self).__name__}(guard=...)` must be True or False; got {self.guard!r}.")
-
-    def __repr__(self) -> str:
-        shown = [f"{one.name}={getattr(self, one.name)!r}" for one in fields(self) if one.name != "guard"]
-        return f"{type(self).__name__}({', '.join(shown + ['guard=False'] * (not self.guard))})"
 
 
 @dataclass(frozen=True)
@@ -70,8 +86,8 @@ class Lax(Method):
     """
 
 
-@dataclass(frozen=True)
-class Sequential(Method):
+@dataclass(frozen=True, repr=False)
+class Sequential(Travelling):
     """A loop for the cotangents of the state alone, then one batched pull-back to the parameters: the oracle.
 
     Example:
@@ -84,10 +100,10 @@ class Sequential(Method):
 class Walk(Parallel):
     """Jacobians formed in parallel, a segment at a time, then walked with bare matrix-vector products.
 
-    Depth `L`, but an order of magnitude cheaper a step than a loop of VJPs; memory grows with the segment, not with `L`.
+    Depth `L`, but an order of magnitude cheaper a step than a loop of VJPs.
 
     Args:
-        segment: steps whose Jacobians are formed at once; `None` lets the planner choose, `L` or more is one segment.
+        segment: `None` lets the planner choose what stays in cache, `L` or more is one segment.
 
     Example:
         >>> parscan.Walk(segment=64)
@@ -95,10 +111,6 @@ class Walk(Parallel):
     """
 
     segment: int | None = None
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        _check(self, "segment", 1, "to have it chosen")
 
 
 @dataclass(frozen=True, repr=False)

@@ -19,7 +19,7 @@ from parscan import checks
 from parscan.costs import Step
 from parscan.debug import Watch, names_of
 from parscan.jaxprs import Flat, Program, slice_spec, trace
-from parscan.methods import Method
+from parscan.methods import Travelling
 from parscan.planning import Stretch
 from parscan.recurrence import Recurrence, Run
 from parscan.stacking import Stacked, check_layer, check_state, split_params
@@ -121,7 +121,7 @@ class Network:
                 found[i] = total
         return found
 
-    def recurrence(self, stretch: Stretch, structures: Sequence[Structure] | None, method: Method, watch: Watch | None = None) -> Recurrence:
+    def recurrence(self, stretch: Stretch, structures: Sequence[Structure] | None, method: Travelling, watch: Watch | None = None) -> Recurrence:
         """A stretch as what is compiled, with Jacobians of these structures; checked if there is a `watch`."""
         assert structures is not None
         links = self.links[stretch.lo : stretch.hi]

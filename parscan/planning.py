@@ -9,11 +9,12 @@ from typing import NamedTuple
 
 import jax
 
+from parscan import memory
 from parscan.claims import Claim
 from parscan.costs import Step
 from parscan.jaxprs import Program, bytes_of_variables, flops, has_products, obstacle
 from parscan.layout import blocks_in_words
-from parscan.methods import Associative, Chunked, Lax, Method, Sequential, Tree, Walk
+from parscan.methods import Associative, Chunked, Lax, Method, Sequential, Travelling, Tree, Walk
 from parscan.order import Order
 from parscan.report import Given, Plan
 from parscan.structure import Structure, blocks_of, kind_of, structures_of
@@ -74,7 +75,7 @@ def plan_chain(
     """
     if not steps:
         return Plan("none", {}, fallback, "no layers", 0), []
-    everything = slice(0, len(steps))
+    everything, platform = slice(0, len(steps)), platform or jax.default_backend()
     if isinstance(method, Lax):
         stretches = [_handed_over(steps, everything, method, "asked for")]
     elif method is not None:
@@ -87,9 +88,9 @@ def plan_chain(
         if problem is not None:
             stretches = [_handed_over(steps, everything, fallback, f"sequential, since {problem}")]
         else:
-            stretches = [_planned(steps, everything, method, "asked for", claim, fallback)]
+            stretches = [_planned(steps, everything, method, "asked for", claim, fallback, platform)]
     else:
-        stretches = _chosen_stretches(steps, claim, fallback, platform or jax.default_backend())
+        stretches = _chosen_stretches(steps, claim, fallback, platform)
     plan = _summary(stretches)
     logger.debug("%s for %d steps, %s %s: %s", plan.method, plan.length, plan.kind, plan.blocks, plan.reason)
     return plan, stretches
@@ -115,7 +116,7 @@ def _of_stretch(steps: Sequence[Step], place: slice, verdict: tuple[str, Method,
         method, reason = fallback, f"{length} steps on {platform}: too short a chain for matrix products to pay"
     if what == "obstacle":
         return [_handed_over(steps, place, method, reason)]
-    return [_planned(steps, place, method, reason, claim, fallback)]
+    return [_planned(steps, place, method, reason, claim, fallback, platform, modest=True)]
 
 
 def _verdict(step: Step, claim: Claim | None, fallback: Method, platform: str) -> tuple[str, Method, str]:
@@ -135,7 +136,9 @@ def _handed_over(steps: Sequence[Step], place: slice, method: Method, reason: st
     return Stretch(place.start, place.stop, Plan("none", {}, method, reason, sum(runs), runs, _given=Given(tuple(steps[place]), None)), None)
 
 
-def _planned(steps: Sequence[Step], place: slice, method: Method, reason: str, claim: Claim | None, fallback: Method) -> Stretch:
+def _planned(
+    steps: Sequence[Step], place: slice, method: Method, reason: str, claim: Claim | None, fallback: Method, platform: str, *, modest: bool = False
+) -> Stretch:
     some = steps[place]
     structures = structures_of([(step.program, step.repeats) for step in some], claim)
     if not any(structure.before.size or structure.after.size for structure in structures):
@@ -144,6 +147,10 @@ def _planned(steps: Sequence[Step], place: slice, method: Method, reason: str, c
         structures = [structure.multiplied() for structure in structures]
     runs, blocks = tuple(step.count for step in some), blocks_of(structures)
     sizes = sized(method, max(runs), blocks)
+    if isinstance(sizes, Travelling):
+        asked = method.segment if isinstance(method, Travelling) else None
+        sizes, why = memory.fitting(sizes, asked, some, structures, platform, modest=modest)
+        reason += why
     plan = Plan(kind_of(structures), blocks, sizes, reason, sum(runs), runs, _given=Given(tuple(some), tuple(structures), claim))
     order = None
     if len(runs) > 1 and isinstance(sizes, (Tree, Associative)):

@@ -250,6 +250,32 @@ class _Ordered:
         return found
 
 
+def by_segments(
+    cross: Callable[[Any, Maps, int], tuple[Any, Any]], carry: Any, steps: Maps, count: int, size: int | None, *, reverse: bool = False
+) -> tuple[Any, Any]:
+    """`cross` from segment to segment of `size` steps, and over a shorter one at the end of the chain.
+
+    Args:
+        cross: (carry, steps, how many) -> (carry, what each of these steps gives).
+
+    Returns:
+        the last carry, and what every step gives.
+    """
+    if size is None or count <= size:
+        return cross(carry, steps, count)
+    whole, found = count // size * size, {}
+    for lo, hi in ((whole, count), (0, whole)) if reverse else ((0, whole), (whole, count)):
+        some, several = take(steps, slice(lo, hi)), (hi - lo) // size
+        if several > 1:
+            cut = jax.tree.map(lambda x, several=several: x.reshape(several, size, *x.shape[1:]), some)
+            carry, parts = lax.scan(lambda carry, part: cross(carry, part, size), carry, cut, reverse=reverse)
+            found[lo] = jax.tree.map(lambda x: x.reshape(x.shape[0] * size, *x.shape[2:]), parts)
+        elif hi > lo:
+            carry, found[lo] = cross(carry, some, hi - lo)
+    parts = [found[lo] for lo in sorted(found)]
+    return carry, jax.tree.map(lambda *some: _concat(list(some)), *parts) if len(parts) > 1 else parts[0]
+
+
 def fold(steps: Maps, *, size: int, identity: Callable[[int], Maps], extend: Then, reverse: bool = False, scan: Callable = lax.scan) -> Maps:
     """The maps of chunks of `size` steps, which divides their number: all chunks at once, step by step; see `chunked`."""
     chunks = length(steps) // size

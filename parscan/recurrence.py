@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import jax
@@ -15,7 +16,7 @@ from jax.custom_derivatives import SymbolicZero, zero_from_primal
 from parscan import checks, prefix, system
 from parscan.debug import Watch, check_runs
 from parscan.jaxprs import Program, jit_unless_staged
-from parscan.methods import Method
+from parscan.methods import Travelling
 from parscan.proof import active_leaves
 from parscan.structure import Structure
 
@@ -42,7 +43,7 @@ class Recurrence:
     """
 
     runs: tuple[Run, ...]
-    method: Method
+    method: Travelling
     reverse: bool = False
     unroll: int = 1
     debug: tuple[Watch, ...] = ()
@@ -155,7 +156,7 @@ def _derivative(spec: Recurrence, stored: Callable, primals: tuple, tangents: tu
         active.append(new)
     check_runs(runs, spec.debug)
     at = system.System(runs, spec.method, spec.reverse)
-    zero = system.zeros(at)
+    zero = system.zeros(at, system.nothing([d for d in jax.tree.leaves(tangents) if not isinstance(d, SymbolicZero)]))
     given = [
         some._replace(consts=[c_dot[i] for i in run.active_consts], xs=[x_dot[i] for i in run.active_xs])
         for run, some, c_dot, x_dot in zip(runs, zero.runs, consts_dot, xs_dot, strict=True)
@@ -165,7 +166,7 @@ def _derivative(spec: Recurrence, stored: Callable, primals: tuple, tangents: tu
 
     before = list(at.entering(solved))
     entering_dot = [_scattered(h, run.active_states, floats) for h, run, floats in zip(entering, runs, before, strict=True)]
-    made = [_made(*each) for each in zip(runs, emits, given, before, solved.runs, strict=True)]
+    made = [_made(at, *each) for each in zip(runs, emits, given, before, solved.runs, strict=True)]
     ys_dot = [_emitted(run, y, some, new, moving) for run, y, some, new, moving in zip(runs, ys, solved.runs, made, active[1:], strict=True)]
     last = prefix.first(solved.runs[-1].states, not spec.reverse) if runs[-1].count else solved.start
     return (final, ys, entering), (_scattered(final, active[-1], last), ys_dot, entering_dot)
@@ -177,15 +178,24 @@ def _scattered(like: list, moving: Sequence[int], floats: list) -> list:
     return [found[i] if i in moving else zero_from_primal(h, symbolic_zeros=True) for i, h in enumerate(like)]
 
 
-def _made(run: system.Linearised, emits: tuple[int, ...], given: system.RunUnknowns, entering: list, solved: system.RunUnknowns) -> dict[int, Array]:
+def _made(
+    at: system.System, run: system.Linearised, emits: tuple[int, ...], given: system.RunUnknowns, entering: list, solved: system.RunUnknowns
+) -> dict[int, Array]:
     """Tangents of the outputs that are no leaves of the carry, by position.
 
     They follow from the states' by one batched push outside of the solve, which would need a cotangent of every output, also of those that are not used.
-    Not with a `cond` in the step: see `Linearised.pull_inputs`.
+    Not with a `cond` in the step: see `Linearised.pull_inputs`. What linearises the steps is computed when it is needed, not kept from the forward pass on.
     """
     if not emits:
         return dict(zip(run.active_ys, solved.ys, strict=True))
-    return dict(zip(emits, replace(run, active_ys=emits).push_all(given.consts, entering, given.xs)[1], strict=True))
+
+    @partial(jax.checkpoint, static_argnums=2, prevent_cse=False)
+    def push(consts, steps, count):
+        (states, xs), *tangents = steps
+        return consts, replace(run.cut(states, xs, count), active_ys=emits).push_all(consts, *tangents)[1]
+
+    _, made = prefix.by_segments(push, given.consts, (run.data, entering, given.xs), run.count, at.method.segment)
+    return dict(zip(emits, made, strict=True))
 
 
 def _emitted(run: system.Linearised, ys: list, solved: system.RunUnknowns, made: dict[int, Array], moving: Sequence[int]) -> list:

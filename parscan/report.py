@@ -256,7 +256,7 @@ def _lines(plan: Plan) -> Iterator[str]:
     yield from _entry("depth", f"{plan.depth} operations one after another; {plan.length} steps")
     yield f"{'':12}{'FLOPs':>9}{'bytes':>11}"
     for stage in (*STAGES, "total", "sequential"):
-        (flops, thousands), (size, unit) = _human(plan.flops[stage]), _human(plan.bytes[stage])
+        (flops, thousands), (size, unit) = costs.human(plan.flops[stage]), costs.human(plan.bytes[stage])
         yield f"{stage:12}{flops:>7} {thousands:1}{size:>8} {unit}B"
 
 
@@ -266,11 +266,3 @@ def _entry(label: str, text: str) -> list[str]:
 
 def _structure(plan: Plan) -> str:
     return f"{plan.kind}, {in_words(plan.blocks, ', ')}" if plan.blocks else f"kind {plan.kind}"
-
-
-def _human(number: int) -> tuple[str, str]:
-    """Three digits, and the unit: k, M, G, …"""
-    value, unit, units = float(number), "", iter("kMGTPE")
-    while value >= 999.5:
-        value, unit = value / 1000, next(units)
-    return f"{value:.0f}" if value >= 100 or not unit else f"{value:.3g}", unit

@@ -15,7 +15,7 @@ from jax import lax
 from parscan.claims import Claim, parse_structure
 from parscan.debug import Watch, names_of
 from parscan.jaxprs import Flat, Program, is_staged, jit_unless_staged, obstacle, slice_spec, trace
-from parscan.methods import Lax, Method, parse_method
+from parscan.methods import Lax, Method, Travelling, parse_method
 from parscan.planning import plan_for
 from parscan.recurrence import Recurrence, Run, run_recurrence
 from parscan.report import Plan
@@ -112,7 +112,7 @@ def traced_scan(
         consts = [*consts, *(leaf for i, leaf in enumerate(init_.leaves) if i not in varying)]
     plan, structure = plan_for(program, count, method, claim, fallback=Lax())
     spec, as_traced = None, None
-    if structure is not None and not isinstance(plan.method, Lax):
+    if structure is not None and isinstance(plan.method, Travelling):
         unrolled = (max(count, 1) if unroll else 1) if isinstance(unroll, bool) else unroll
         watches = (Watch("step", claim, leaves=names_of("carry", only(init_, varying))),) if debug else ()
         spec = Recurrence((Run(program, structure, count, True),), plan.method, bool(reverse), unrolled, watches)

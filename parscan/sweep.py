@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax import Array, lax
+from jax import Array
 
 from parscan import affine, exponents, guard, order, prefix
 from parscan.affine import Affine
@@ -104,8 +104,8 @@ def _through_one(chain: Chain, start: Array, offsets: Array, method: Method, rev
     if offsets.shape[0] == 1:
         return Found(_crossed(chain, start, offsets, reverse))
     match method:
-        case Walk(segment=segment):
-            return Found(_walk(chain, start, offsets, segment or offsets.shape[0], reverse))
+        case Walk():
+            return Found(prefix.walk(_formed(chain, offsets), start, affine.apply, reverse=reverse))
         case Tree():
             maps = _formed(chain, offsets)
             values = prefix.tree(maps, start, affine.apply, affine.then, reverse=reverse)
@@ -239,32 +239,6 @@ def _formed(chain: Chain, offsets: Array) -> Affine:
 def _closed(maps: Affine) -> Affine:
     """Written as kinds whose products are of that kind, whatever the level: what `lax.associative_scan` needs."""
     return maps._replace(matrix=closed(maps.matrix))
-
-
-def _walk(chain: Chain, start: Array, offsets: Array, segment: int, reverse: bool) -> Array:
-    """Segments one after another; in each, Jacobians formed together and walked. A shorter one at the end of the chain."""
-    if chain.same:
-        return prefix.walk(_formed(chain, offsets), start, affine.apply, reverse=reverse)
-    count, (data, form) = offsets.shape[0], chain.forming()
-    steps = (data, offsets)
-
-    def cross_segment(vector, some):
-        values = prefix.walk(Affine(form(some[0]), None, some[1]), vector, affine.apply, reverse=reverse)
-        return values[0 if reverse else -1], values
-
-    whole = count // segment * segment
-    pieces = []
-    if whole == segment:
-        pieces = [(prefix.take(steps, slice(None, whole)), cross_segment)]
-    elif whole:
-        stacked = jax.tree.map(lambda x: x[:whole].reshape(whole // segment, segment, *x.shape[1:]), steps)
-        pieces = [(stacked, lambda vector, some: lax.scan(cross_segment, vector, some, reverse=reverse))]
-    if whole < count:
-        pieces.append((prefix.take(steps, slice(whole, None)), cross_segment))
-    values = {}
-    for place, (some, go) in reversed(list(enumerate(pieces))) if reverse else enumerate(pieces):
-        start, values[place] = go(start, some)
-    return jnp.concatenate([values[place].reshape(-1, offsets.shape[1]) for place in sorted(values)])
 
 
 def _chunked(chain: Chain, start: Array, offsets: Array, size: int, levels: int | None, reverse: bool) -> Found:

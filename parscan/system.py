@@ -16,7 +16,7 @@ A chain is a sequence of *runs*: a recurrence is one run of equal steps, a netwo
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -28,7 +28,7 @@ from parscan import prefix
 from parscan.checks import is_inexact
 from parscan.jaxprs import Program, contracted, flops, masks_nothing, staged
 from parscan.layout import Layout
-from parscan.methods import Method
+from parscan.methods import Travelling
 from parscan.structure import Structure
 from parscan.sweep import Chain, sweep
 
@@ -90,6 +90,10 @@ class Linearised:
     def data(self) -> tuple[list[Any], list[Any]]:
         """What tells one step from another, leading axis L."""
         return list(self.states), list(self.xs)
+
+    def cut(self, states: Sequence[Any], xs: Sequence[Any], count: int) -> Linearised:
+        """A part of the run, which has these `data`."""
+        return replace(self, states=states, xs=xs, count=count)
 
     def at(self, data: Any) -> tuple[list[Any], list[Any], list[Any]]:
         """The point of linearisation, of a single step or of stacked ones: active consts, float states, active xs."""
@@ -227,8 +231,17 @@ class System(NamedTuple):
     """
 
     runs: Sequence[Linearised]
-    method: Method
+    method: Travelling
     reverse: bool = False
+
+    @property
+    def in_segments(self) -> bool:
+        """Whether it is solved run by run, segment by segment; else all at once."""
+        return self.method.segment is not None and any(run.count > self.method.segment for run in self.runs)
+
+    def only(self, run: Linearised) -> System:
+        """Of one run, or a part of it."""
+        return self._replace(runs=[run])
 
     def chains(self, *, transposed: bool) -> list[Chain]:
         """The runs as linear maps."""
@@ -248,6 +261,11 @@ def _handed_on(start: list[Array], leaving: list[Array], count: int, reverse: bo
         return [s[None] for s in start], [v[0] for v in leaving]
     bounds = prefix.boundaries(start, leaving, reverse)
     return prefix.entering(bounds, reverse), prefix.first(bounds, not reverse)
+
+
+def _matrix(at: System) -> Callable[[Unknowns], Unknowns]:
+    """A. Unless told to compute it again, JAX would keep what linearises the steps from the forward pass on, for a transpose of A that nobody applies."""
+    return jax.checkpoint(partial(_apply, at), prevent_cse=False)
 
 
 def _apply(at: System, u: Unknowns) -> Unknowns:
@@ -277,6 +295,22 @@ def _tied(u: Unknowns, nothing: Array) -> Unknowns:
 
 def solve(at: System, r: Unknowns) -> Unknowns:
     """A⁻¹ r: tangents, along the chain."""
+    if not at.in_segments:
+        return _solve_at_once(at, r)
+    start, runs = r.start, []
+    for run, some in zip(at.runs, r.runs, strict=True):
+
+        def cross(entering, steps, count, run=run, some=some):
+            (states, xs), *given = steps
+            solved = _solve_at_once(at.only(run.cut(states, xs, count)), Unknowns(entering, [RunUnknowns(some.consts, *given)]))
+            return prefix.first(solved.runs[0].states, not at.reverse), (solved.runs[0].states, solved.runs[0].ys)
+
+        start, (states, ys) = prefix.by_segments(cross, start, (run.data, *some[1:]), run.count, at.method.segment, reverse=at.reverse)
+        runs.append(some._replace(states=states, ys=ys))
+    return Unknowns(r.start, runs)
+
+
+def _solve_at_once(at: System, r: Unknowns) -> Unknowns:
     offsets = []
     for run, some in zip(at.runs, r.runs, strict=True):
         given = bool(run.active_consts or run.active_xs)
@@ -292,6 +326,26 @@ def solve(at: System, r: Unknowns) -> Unknowns:
 
 def solve_transposed(at: System, c: Unknowns) -> Unknowns:
     """A⁻ᵀ c: cotangents, against the chain, then one batched pull-back to constants and inputs."""
+    if not at.in_segments:
+        return _solve_transposed_at_once(at, c)
+    behind, runs = [jnp.zeros_like(leaf[-1]) for leaf in c.runs[-1].states], []  # what flows back into the state that leaves a segment
+    for run, some in reversed(list(zip(at.runs, c.runs, strict=True))):
+
+        def cross(carry, steps, count, run=run):
+            (behind, total), ((states, xs), leaving, ys) = carry, steps
+            leaving = [leaf.at[0 if at.reverse else -1].add(back) for leaf, back in zip(leaving, behind, strict=True)]
+            piece = run.cut(states, xs, count)
+            nothing = zeros(at.only(piece), jnp.float32(0))
+            solved = _solve_transposed_at_once(at.only(piece), nothing._replace(runs=[nothing.runs[0]._replace(consts=total, states=leaving, ys=ys)]))
+            return (solved.start, solved.runs[0].consts), (solved.runs[0].xs, solved.runs[0].states)
+
+        given = (run.data, some.states, some.ys)
+        (behind, consts), (xs, leaving) = prefix.by_segments(cross, (behind, some.consts), given, run.count, at.method.segment, reverse=not at.reverse)
+        runs.append(RunUnknowns(consts, jax.tree.map(jnp.add, some.xs, xs), leaving, some.ys))
+    return Unknowns(jax.tree.map(jnp.add, c.start, behind), runs[::-1])
+
+
+def _solve_transposed_at_once(at: System, c: Unknowns) -> Unknowns:
     offsets, end = [], c.start
     for run, some, entering in zip(at.runs, c.runs, at.entering(c), strict=True):
         offsets.append(jax.tree.map(jnp.add, entering, run.pull_outputs(some.ys)) if run.active_ys else entering)
@@ -323,12 +377,12 @@ def _vectors(layout: Layout, leaves: list[Array], count: int | None) -> Array:
 
 def tangents(at: System, r: Unknowns) -> Unknowns:
     """Solves A U = r: forward mode, differentiable to any order, transposed by JAX into `cotangents`."""
-    return _solved(partial(_apply, at), r, partial(solve, at), partial(solve_transposed, at))
+    return _solved(_matrix(at), r, partial(solve, at), partial(solve_transposed, at))
 
 
 def cotangents(at: System, c: Unknowns) -> Unknowns:
     """Solves Aᵀ W = c: reverse mode, differentiable to any order."""
-    transposed = jax.linear_transpose(partial(_apply, at), c)
+    transposed = jax.linear_transpose(_matrix(at), c)
     return _solved(lambda w: transposed(w)[0], c, partial(solve_transposed, at), partial(solve, at))
 
 
@@ -338,18 +392,22 @@ def _solved(apply: Callable, given: Unknowns, forth: Callable, back: Callable) -
     return _tied(found, nothing(found))
 
 
-def zeros(at: System) -> Unknowns:
-    """A right-hand side of zeros."""
+def zeros(at: System, like: Array) -> Unknowns:
+    """A right-hand side of zeros, made of the scalar `like`: what does not depend on tangents would be kept for the backward pass, at full size."""
+
+    def zero(shape: tuple[int, ...], dtype: Any) -> Array:  # `zeros_like` would keep a weak type
+        return jnp.broadcast_to(like.astype(dtype), shape)
+
     runs = []
     for run in at.runs:
         ys, new = run.program.out_avals[1], [a for a in run.program.out_avals[0] if is_inexact(a)]
         runs.append(
             RunUnknowns(
-                [jnp.zeros(run.consts[i].shape, run.consts[i].dtype) for i in run.active_consts],  # `zeros_like` would keep a weak type
-                [jnp.zeros(run.xs[i].shape, run.xs[i].dtype) for i in run.active_xs],
-                [jnp.zeros((run.count, *a.shape), a.dtype) for a in new],
-                [jnp.zeros((run.count, *ys[i].shape), ys[i].dtype) for i in run.active_ys],
+                [zero(run.consts[i].shape, run.consts[i].dtype) for i in run.active_consts],
+                [zero(run.xs[i].shape, run.xs[i].dtype) for i in run.active_xs],
+                [zero((run.count, *a.shape), a.dtype) for a in new],
+                [zero((run.count, *ys[i].shape), ys[i].dtype) for i in run.active_ys],
             )
         )
     first = at.runs[0].before
-    return Unknowns([jnp.zeros(shape, dtype) for shape, dtype in zip(first.shapes, first.dtypes, strict=True)], runs)
+    return Unknowns([zero(shape, dtype) for shape, dtype in zip(first.shapes, first.dtypes, strict=True)], runs)

@@ -22,6 +22,7 @@ import parscan
 METHODS = [
     *["auto", "tree", "walk", "associative", "chunked", "sequential", "lax", parscan.Walk(2)],
     *[parscan.Chunked(1), parscan.Chunked(3), parscan.Chunked(4, levels=1), parscan.Chunked(2, levels=0)],
+    *[parscan.Sequential(segment=3), parscan.Tree(segment=4), parscan.Chunked(2, segment=5), parscan.Associative(segment=3)],
 ]
 SHAPES: list[Shape] = [(3,), (2, 3), (3, 2), (2, 2, 2), (3, 3), (), (4,), (1, 2)]
 KEY = jax.random.key(0).dtype

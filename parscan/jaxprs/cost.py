@@ -63,9 +63,15 @@ def has_products(jaxpr: AnyJaxpr) -> bool:
 
 
 def bytes_of_variables(jaxpr: AnyJaxpr) -> int:
-    """Of everything that a program is given and computes."""
+    """Of everything that a program is given and computes, inside of what it calls, too; of branches the largest, of a loop every round."""
     body = open_jaxpr(jaxpr)
-    avals = [v.aval for v in body.invars] + [v.aval for eqn in body.eqns for v in eqn.outvars] + [v.aval for v in body.outvars]
+    inner = ((list(sub_jaxprs(list(eqn.params.values()))), eqn.params.get("length", 1)) for eqn in body.eqns)
+    called = sum(length * max(bytes_of_variables(one) - _bytes_of(open_jaxpr(one).invars) for one in some) for some, length in inner if some)
+    return _bytes_of([*body.invars, *(v for eqn in body.eqns for v in eqn.outvars), *body.outvars]) + called
+
+
+def _bytes_of(variables: Sequence[Any]) -> int:
+    avals = [v.aval for v in variables]
     return sum(math.prod(aval.shape) * aval.dtype.itemsize for aval in avals if hasattr(aval, "shape"))
 
 

@@ -1,0 +1,112 @@
+"""What a backward pass holds at once, what the device has, and how long a segment may be."""
+
+from __future__ import annotations
+
+import functools
+import math
+import os
+from collections.abc import Sequence
+from dataclasses import replace
+
+import jax
+import numpy as np
+
+from parscan.checks import dtype_of
+from parscan.costs import Step, abstract, human
+from parscan.jaxprs import bytes_of_variables
+from parscan.methods import Associative, Chunked, Sequential, Travelling, Walk
+from parscan.structure import Structure
+
+SHARE = 0.5  # of the device's memory that a backward pass may take unless told otherwise
+COPIES = {Walk: 2, Associative: 5}  # of every map formed, with its products and what the guard compares: as XLA's buffers show; the others 3
+
+
+def of_variables(step: Step) -> int:
+    """Bytes of all that one step is given and computes, but for what all steps share: about what `lax.scan` keeps of it, or a little more."""
+    consts = sum(math.prod(a.shape) * dtype_of(a).itemsize for a in step.program.avals[0])
+    return bytes_of_variables(step.program.jaxpr) - consts
+
+
+def held(step: Step, structure: Structure, method: Travelling, count: int) -> int:
+    """Bytes that `count` steps at once take, about, beside the chain's states and cotangents: what linearises them, their maps, products of these."""
+    forms, dtype = structure.forms(transposed=True), np.dtype(structure.before.dtype)
+    match method:
+        case Sequential():
+            maps = 0
+        case Chunked(size=size):
+            maps = 3 * -(-count // (size or 1)) * abstract(forms.closed(), dtype).nbytes
+        case _:
+            maps = COPIES.get(type(method), 3) * (1 if structure.same else count) * abstract(forms, dtype).nbytes
+    return count * of_variables(step) + maps
+
+
+@functools.cache
+def of_device(platform: str) -> int | None:
+    """Bytes of the memory of JAX's default device, or of this machine if that is its processor; None if it does not say."""
+    if platform != jax.default_backend():
+        return None
+    if platform != "cpu":
+        return (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, OSError, ValueError):  # not on every system
+        return None
+
+
+def fitting(
+    method: Travelling, asked: int | None, steps: Sequence[Step], structures: Sequence[Structure], platform: str, *, modest: bool = False
+) -> tuple[Travelling, str]:
+    """The method, in segments if it would hold too much without, and why, in words.
+
+    Args:
+        method: sizes chosen. asked: the segment that the user has asked for, if any.
+        modest: hold no more than about what the loop's own backward pass does.
+
+    Raises:
+        ValueError: what is asked for takes more than the device has, and what would not.
+    """
+    longest = max(step.count for step in steps)
+
+    def need(size: int) -> int:
+        each = [held(step, one, method, min(size, step.count)) for step, one in zip(steps, structures, strict=True)]
+        return sum(each) if size >= longest else max(each)  # in segments, run by run
+
+    size, device = min(method.segment or longest, longest), of_device(platform)
+    budget = math.inf if device is None else device * (SHARE if asked is None else 1)
+    if need(size) > budget:
+        fits = _longest(need, size, budget)
+        if asked is None and fits:
+            return replace(
+                method, segment=fits
+            ), f"; in segments of {fits}: all at once would hold about {_bytes(need(size))}, and the device has {_bytes(device)}"
+        if method.is_parallel:
+            raise ValueError(_too_much(method, size, need(size), device, structures, fits))
+    loop = sum(step.count * of_variables(step) for step in steps)
+    if modest and asked is None and need(size) > loop:
+        fits = max(1, _longest(need, size, loop))
+        return replace(method, segment=fits), f"; in segments of {fits}, to hold no more than the loop's own backward pass does"
+    return method, ""
+
+
+def _longest(need, size: int, budget: float) -> int:
+    """The longest of the segments of half, a third, a quarter … of `size` that fits, or 0."""
+    parts = 2
+    while -(-size // parts) > 1 and need(-(-size // parts)) > budget:
+        parts += 1 if parts < 16 else parts // 8
+    fits = -(-size // parts)
+    return fits if need(fits) <= budget else 0
+
+
+def _too_much(method: Travelling, size: int, need: int, device: int | None, structures: Sequence[Structure], fits: int) -> str:
+    widest = max(structures, key=lambda one: one.before.size)
+    others = f"segment={fits} would fit, or `method='sequential'`, which forms none" if fits else "`method='sequential'` forms none"
+    return (
+        f"`method={method!r}` would hold about {_bytes(need)} for the Jacobians of {size} steps at once ({widest.kind}, {widest.before.size} coordinates), "
+        f"and the device has {_bytes(device)}: {others}."
+    )
+
+
+def _bytes(number: float | None) -> str:
+    assert number is not None
+    value, unit = human(round(number))
+    return f"{value} {unit}B"
