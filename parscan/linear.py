@@ -92,7 +92,7 @@ def _chain(A: Jacobian, count: int) -> Chain:
         return A, lambda some: some
 
     epsilon = float(jnp.finfo(jax.tree.leaves(A)[0].dtype).eps)
-    return Chain(lambda: _entries(A, count), forming, forms_of(A), _is_shared(A), epsilon)
+    return Chain(lambda: _entries(A, count), lambda: _entries(A, count), forming, forms_of(A), _is_shared(A), epsilon)
 
 
 def _is_shared(A: Jacobian) -> bool:

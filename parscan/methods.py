@@ -54,8 +54,9 @@ class Travelling(Method):
         _check(self, "segment", 1, "to have it chosen")
 
     def __repr__(self) -> str:
-        shown = ((one, getattr(self, one.name)) for one in fields(self))
-        return f"{type(self).__name__}({', '.join(f'{one.name}={value!r}' for one, value in shown if not one.kw_only or value != one.default)})"
+        always = [one.name for one in fields(self) if not one.kw_only]
+        shown = always + [one.name for one in fields(self) if one.kw_only and getattr(self, one.name) != one.default]
+        return f"{type(self).__name__}({', '.join(f'{name}={getattr(self, name)!r}' for name in shown)})"
 
 
 @dataclass(frozen=True, repr=False)

@@ -31,6 +31,7 @@ class Chain(NamedTuple):
     """L linear maps of one program.
 
     crossing: () -> (data with leading axis L, map of (one entry of data, vector (n,)) to vector (p,)).
+    stepping: the same as crossing, with nothing computed for all steps beforehand: slower, and holds nothing.
     forming: () -> (data with leading axis L, map of stacked entries of data to their Jacobians, stacked).
     forms: of the Jacobians, in the direction of travel; the vectors before and after a map have different lengths only if L is 1.
     same: all maps are one.
@@ -38,6 +39,7 @@ class Chain(NamedTuple):
     """
 
     crossing: Callable[[], tuple[Any, Callable[[Any, Array], Array]]]
+    stepping: Callable[[], tuple[Any, Callable[[Any, Array], Array]]]
     forming: Callable[[], tuple[Any, Callable[[Any], Jacobian]]]
     forms: Forms
     same: bool
@@ -89,7 +91,8 @@ def _swept(journey: list[tuple[Chain, Array]], start: Array, method: Method, rev
     if not (isinstance(method, Parallel) and method.guard):
         return values
     good = [guard.is_sound(one, chain.forms.after, chain.epsilon, reverse) for one, (chain, _) in zip(found, journey, strict=True)]
-    return guard.guarded(values, jnp.stack(good).all(), lambda: _one_after_another(journey, start, reverse))
+    bare = [(chain._replace(crossing=chain.stepping), offsets) for chain, offsets in journey]  # what is not expected to run holds no memory
+    return guard.guarded(values, jnp.stack(good).all(), lambda: _one_after_another(bare, start, reverse))
 
 
 def _one_after_another(journey: list[tuple[Chain, Array]], start: Array, reverse: bool) -> list[Array]:
@@ -109,21 +112,23 @@ def _through_one(chain: Chain, start: Array, offsets: Array, method: Method, rev
         case Tree():
             maps = _formed(chain, offsets)
             values = prefix.tree(maps, start, affine.apply, affine.then, reverse=reverse)
-            odd = slice(values.shape[0] % 2 if reverse else 1, None, 2)  # of the journey; the others' own maps have made them
-            return Found(values, partial(_both_ways, maps, start, values, odd, reverse))
+            whole = values.shape[0] % 2 == 1
+            odd = slice(1 if whole else 2, None, 2) if reverse else slice(1, None if whole else -1, 2)
+            return Found(values, partial(_both_ways, chain, start, offsets, values, odd, reverse))
         case Associative():
             maps = _formed(chain, offsets)
             values = prefix.associative(affine.scaled(_closed(maps)), start, affine.apply, affine.then, reverse=reverse)
-            return Found(values, partial(_both_ways, maps, start, values, slice(None), reverse))
+            return Found(values, partial(_both_ways, chain, start, offsets, values, slice(None), reverse))
         case Chunked(size=size, levels=levels):
             return _chunked(chain, start, offsets, size or 1, levels, reverse)
     raise TypeError(f"no journey by {method!r}")
 
 
-def _both_ways(maps: Affine, start: Array, values: Array, places: slice, reverse: bool) -> tuple[Array, Array]:
-    """Some of the values, and what their own maps make of those before them. A single map may change the width."""
+def _both_ways(chain: Chain, start: Array, offsets: Array, values: Array, places: slice, reverse: bool) -> tuple[Array, Array]:
+    """Some of the values, and what their own steps make of those before them. A single map may change the width."""
     before = start[None] if values.shape[0] == 1 else prefix.entering(prefix.boundaries(start, values, reverse), reverse)
-    return values[places], affine.apply(prefix.take(maps, places), before[places])
+    data, cross = chain.stepping()
+    return values[places], jax.vmap(cross)(prefix.take(data, places), before[places]) + offsets[places]
 
 
 def _through_order(journey: list[tuple[Chain, Array]], start: Array, method: Method, reverse: bool) -> list[Found]:
@@ -165,7 +170,7 @@ class Folded:
         whole = count // self.size * self.size
         self.bounds = [bounds for bounds in ((0, whole), (whole, count)) if bounds[0] < bounds[1]][:: -1 if reverse else 1]
         self.offsets = offsets
-        self.formed: dict[int, Affine] = {}  # by their first step: the maps of steps that somebody asked for
+        self.formed: set[int] = set()  # the first steps of stacks whose maps somebody asked for
         self.stacks = [self._stack(lo, hi) for lo, hi in self.bounds]
 
     @functools.cached_property
@@ -186,7 +191,9 @@ class Folded:
             data, f = some
             return prefix.take(data, slice(lo, hi)), f
 
-        return chain._replace(crossing=lambda: cut(chain.crossing()), forming=lambda: cut(chain.forming())), self.offsets[lo:hi]
+        return chain._replace(
+            crossing=lambda: cut(chain.crossing()), stepping=lambda: cut(chain.stepping()), forming=lambda: cut(chain.forming())
+        ), self.offsets[lo:hi]
 
     def _stack(self, lo: int, hi: int) -> prefix.Stack:
         size = min(self.size, hi - lo)
@@ -195,8 +202,8 @@ class Folded:
             cross = (lambda start: _crossed(chain, start, offsets, self.reverse)) if hi - lo == 1 else None
 
             def maps():
-                self.formed[lo] = affine.scaled(_formed(chain, offsets))
-                return self.formed[lo]
+                self.formed.add(lo)
+                return affine.scaled(_formed(chain, offsets))
 
             return prefix.Stack(hi - lo, maps, cross)
 
@@ -204,6 +211,10 @@ class Folded:
             return self.fold.explicit(prefix.fold(self._steps(lo, hi), size=size, identity=self.fold.identity, extend=self.fold.extend, reverse=self.reverse))
 
         return prefix.Stack((hi - lo) // size, chunks)
+
+    def _both_ways(self, lo: int, hi: int, start: Array, values: Array) -> tuple[Array, Array]:
+        chain, offsets = self._part(lo, hi)
+        return _both_ways(chain, start, offsets, values, slice(None), self.reverse)
 
     def unfolded(self, start: Array, left: list[Array]) -> Found:
         """What leaves every step, from the vectors leaving every map of the stacks."""
@@ -217,7 +228,7 @@ class Folded:
             else:
                 found.append(values)
                 if lo in self.formed:
-                    checks.append(partial(_both_ways, self.formed[lo], start, values, slice(None), self.reverse))
+                    checks.append(partial(self._both_ways, lo, hi, start, values))
             start = found[-1][0 if self.reverse else -1]
         both_ways = (lambda: jax.tree.map(lambda *some: jnp.concatenate(some), *(check() for check in checks))) if checks else None
         return Found(jnp.concatenate(found[:: -1 if self.reverse else 1]), both_ways)

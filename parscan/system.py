@@ -152,8 +152,10 @@ class Linearised:
             way, data, form = min(ways, key=lambda way: flops(jax.make_jaxpr(way[2])(way[1])))
             return data, form if way == transposed else lambda data: form(data).transpose()
 
+        stepping = self.data, self.pull if transposed else self.push
         epsilon = max((float(jnp.finfo(dtype).eps) for end in (self.before, self.after) for dtype in end.dtypes), default=0.0)
-        return Chain(lambda: self.crossing(transposed=transposed), cheaper, self.structure.forms(transposed=transposed), self.structure.same, epsilon)
+        forms, same = self.structure.forms(transposed=transposed), self.structure.same
+        return Chain(lambda: self.crossing(transposed=transposed), lambda: stepping, cheaper, forms, same, epsilon)
 
     def _by_pushing(self, linear: Callable[[Any, Array], Array], transposed: bool) -> Callable[[Any], Any]:
         """Stacked entries of data -> Jacobians, by pushing seeds through the steps, or pulling them."""

@@ -75,8 +75,8 @@ def make(row: str, length: int, seed: int) -> Problem:
     return Problem(cell, weights, jax.random.normal(keys[2], (b, n)), jax.random.normal(keys[3], (length, b, INPUTS)))
 
 
-def gradient(problem: Problem, scan: Callable[..., Any]) -> tuple[Callable[[], Any], int]:
-    """The compiled loss and gradient in weights and start, and its temporary bytes as XLA plans them; the loss reads every hidden state."""
+def loss_through(problem: Problem, scan: Callable[..., Any]) -> Callable[..., jax.Array]:
+    """(weights, start, inputs) -> a loss that reads every hidden state."""
 
     def loss(weights, start, inputs):
         def f(h, x):
@@ -86,7 +86,12 @@ def gradient(problem: Problem, scan: Callable[..., Any]) -> tuple[Callable[[], A
         final, states = scan(f, start, inputs)
         return jnp.mean(states**2) + jnp.mean(final)
 
-    compiled = jax.jit(jax.value_and_grad(loss, (0, 1))).lower(*problem[1:]).compile()
+    return loss
+
+
+def gradient(problem: Problem, scan: Callable[..., Any]) -> tuple[Callable[[], Any], int]:
+    """The compiled loss and gradient in weights and start, and its temporary bytes as XLA plans them."""
+    compiled = jax.jit(jax.value_and_grad(loss_through(problem, scan), (0, 1))).lower(*problem[1:]).compile()
     analysis = compiled.memory_analysis()
     return lambda: jax.block_until_ready(compiled(*problem[1:])), 0 if analysis is None else analysis.temp_size_in_bytes
 
