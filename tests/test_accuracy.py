@@ -2,23 +2,27 @@
 
 from __future__ import annotations
 
+import copy
 import functools
+import importlib.util
+import json
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from accuracy import CHAOTIC, METHODS, ORDINARY, PARTS, RADII, Shape, measured, violations
+from accuracy import CHAOTIC, METHODS, ORDINARY, PARTS, RADII, WHOLE, Shape, measured, violations
+from click.testing import CliRunner
+from support import ROOT
 
 from parscan import guard
 from parscan.jacobians import Dense
 
 SHAPES = [Shape(37, 4, "float32"), Shape(37, 3, "bfloat16")]
-THROUGH = ("sequential", "tree", "lax")
 
 
 @functools.cache
 def problems(shape):
-    return measured(shape, RADII, whole_by=THROUGH)
+    return measured(shape, RADII)
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: shape.dtype)
@@ -26,7 +30,7 @@ def test_as_exact_as_the_sequential_pass(shape):
     some = problems(shape)
     assert all(np.isfinite(one["errors"]["sequential"]["activations"]) and one["drift"] < CHAOTIC for one in some)
     assert not [violation for method in METHODS for part in PARTS for violation in violations(some, method, part)]
-    assert not [violation for method in THROUGH for violation in violations(some, method, "whole")]
+    assert not [violation for method in WHOLE for violation in violations(some, method, "whole")]
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: shape.dtype)
@@ -61,3 +65,36 @@ def test_chaos_is_told_by_the_drift_and_leaves_the_backward_pass_exact():
     assert all(one["errors"][method]["whole"] > CHAOTIC * one["norms"]["whole"] for method in ("sequential", "lax"))
     assert not [violation for part in PARTS for violation in violations([one], "walk", part)]
     assert one["errors"]["walk"]["activations"] < 1e-2 * one["norms"]["activations"]
+
+
+# --- the script ------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def script(monkeypatch):
+    """`scripts/accuracy.py`, its grid being that of these tests."""
+    monkeypatch.setenv("JAX_ENABLE_X64", "1")  # it sets this itself; here it is taken back
+    monkeypatch.syspath_prepend(ROOT / "scripts")
+    spec = importlib.util.spec_from_file_location("accuracy_script", ROOT / "scripts" / "accuracy.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    monkeypatch.setattr(module, "shapes", lambda quick: SHAPES)
+    monkeypatch.setattr(module.accuracy, "measured", lambda shape, radii, seed: problems(shape))
+    return module
+
+
+def test_the_script_reports_and_draws(script, tmp_path):
+    done = CliRunner().invoke(script.main, ["--quick", "--out", str(tmp_path)])
+    assert done.exit_code == 0, done.output
+    assert "| bfloat16 | tree | parameters |" in done.output and "0 violations" in done.output
+    assert len(json.loads((tmp_path / "accuracy.json").read_text())["problems"]) == len(SHAPES) * len(RADII)
+    assert (tmp_path / "accuracy.png").stat().st_size > 10_000
+
+
+def test_the_script_fails_where_a_method_is_poor(script, tmp_path, monkeypatch):
+    poor = {shape: copy.deepcopy(problems(shape)) for shape in SHAPES}
+    for one in poor[SHAPES[0]]:
+        one["errors"]["tree"]["input"] = 1e-3 * one["norms"]["input"]
+    monkeypatch.setattr(script.accuracy, "measured", lambda shape, radii, seed: poor[shape])
+    done = CliRunner().invoke(script.main, ["--quick", "--out", str(tmp_path)])
+    assert done.exit_code == 1 and f"{len(RADII) + 1} violations" in done.output
