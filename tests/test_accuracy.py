@@ -86,7 +86,7 @@ def script(monkeypatch):
 def test_the_script_reports_and_draws(script, tmp_path):
     done = CliRunner().invoke(script.main, ["--quick", "--out", str(tmp_path)])
     assert done.exit_code == 0, done.output
-    assert "| bfloat16 | tree | parameters |" in done.output and "0 violations" in done.output
+    assert "| bfloat16 | tree | " in done.output and "0 violations" in done.output
     assert len(json.loads((tmp_path / "accuracy.json").read_text())["problems"]) == len(SHAPES) * len(RADII)
     assert (tmp_path / "accuracy.png").stat().st_size > 10_000
 
