@@ -40,9 +40,17 @@ def shapes(quick: bool) -> list[Shape]:
 
 
 def judged(problems: Problems, methods: Sequence[str], parts: Sequence[str]) -> list[str]:
-    """All violations, precision by precision."""
+    """All violations, precision by precision; `lax.scan`'s own are in the tables, and not parscan's."""
     some = [[one for one in problems if one["dtype"] == dtype] for dtype in DTYPES]
-    return [violation for these in some if these for method in methods for part in parts for violation in accuracy.violations(these, method, part)]
+    return [
+        violation
+        for these in some
+        if these
+        for method in methods
+        if method != "lax"
+        for part in parts
+        for violation in accuracy.violations(these, method, part)
+    ]
 
 
 def table(problems: Problems, methods: Sequence[str], parts: Sequence[str]) -> list[str]:
@@ -74,7 +82,7 @@ def chaos(problems: Problems) -> list[str]:
     for dtype, (low, high) in itertools.product(DTYPES, itertools.pairwise(bounds)):
         some = [one for one in problems if one["dtype"] == dtype and low <= one["drift"] < high]
         if some:
-            errors = [f"{np.median([relative(one, method, 'whole') for one in some]):.1e}" for method in WHOLE]
+            errors = [f"{np.nanmedian([relative(one, method, 'whole') for one in some]):.1e}" for method in WHOLE]
             band = f"up to {high:g}" if np.isfinite(high) else f"above {low:g}"
             lines.append(f"| {dtype} | {band} | {len(some)} | " + " | ".join(errors) + " |")
     return lines
