@@ -12,7 +12,6 @@ from parscan.jaxprs.program import Program, equations, in_floats, open_jaxpr, su
 from parscan.jaxprs.sources import where
 
 
-@functools.lru_cache(maxsize=4096)
 def obstacle(program: Program) -> str | None:
     """Why the derivative of this step may not be pushed a basis through, or `None`.
 
@@ -20,18 +19,30 @@ def obstacle(program: Program) -> str | None:
     or mapped axis holds, an effect would be repeated, a mutable reference read at the wrong time, and what may not be
     batched cannot be taken for all steps at once.
     """
-    if any(map(is_complex, program.avals[1])):
-        return "the carry is complex"
-    found = _in_equations(program.jaxpr) or _unbatchable(program)
+    found = _seen(program)
     if found is not None:
         return found
     try:
-        consts, carry, x = program.avals
-        batched = jax.vmap(functools.partial(_pull_back, program), in_axes=(None, 0, 0), axis_size=1)
-        jax.eval_shape(batched, consts, *([jax.ShapeDtypeStruct((1, *a.shape), a.dtype) for a in part] for part in (carry, x)))
-    except Exception as error:
+        _pull_back_a_batch(program)
+    except Exception as error:  # not remembered: it may be of the moment, as where the stack runs out
         return f"JAX cannot take its reverse-mode derivative for a batch of steps: {str(error).splitlines()[0] if str(error) else type(error).__name__}"
     return None
+
+
+@functools.lru_cache(maxsize=4096)
+def _seen(program: Program) -> str | None:
+    """An obstacle that can be seen without taking a derivative."""
+    if any(map(is_complex, program.avals[1])):
+        return "the carry is complex"
+    return _in_equations(program.jaxpr) or _unbatchable(program)
+
+
+@functools.lru_cache(maxsize=4096)
+def _pull_back_a_batch(program: Program) -> None:
+    """Fails where JAX does, of shapes alone."""
+    consts, carry, x = program.avals
+    batched = jax.vmap(functools.partial(_pull_back, program), in_axes=(None, 0, 0), axis_size=1)
+    jax.eval_shape(batched, consts, *([jax.ShapeDtypeStruct((1, *a.shape), a.dtype) for a in part] for part in (carry, x)))
 
 
 def is_batchable(program: Program) -> bool:
@@ -81,8 +92,7 @@ def _axis_names(params: dict[str, Any]) -> list[Any]:
 
 
 def _pull_back(program: Program, consts: Any, carry: Any, x: Any) -> Any:
-    """The shape of a pull-back through everything differentiable: fails where JAX would."""
-
+    """A pull-back through everything differentiable."""
     leaves = [*consts, *carry, *x]
     differentiable, places = in_floats(program.flat, leaves)
     outs, pull = jax.vjp(differentiable, [leaves[i] for i in places])
