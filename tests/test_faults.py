@@ -169,6 +169,7 @@ import jax, jax.numpy as jnp
 from jax import lax
 import parscan
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell has its jobs in the background ignore it
 jax.config.update("jax_enable_x64", True)
 begun = threading.Event()
 W = 0.4 * jax.random.normal(jax.random.key(0), (3, 3))
