@@ -96,9 +96,9 @@ STEPS = {  # name: (step, state, shape of x, basis vectors that a step takes, ki
     "stencil": (stencil(1), normal(1, 8, 9, 1), (1, 8, 9, 1), 9, "Sparse"),
     "batched stencil": (stencil(1), normal(2, 8, 8, 1), (2, 8, 8, 1), 9, "Sparse"),
     "two channels": (stencil(2), normal(1, 7, 7, 2), (1, 7, 7, 2), 18, "Sparse"),
-    **{f"band {b}, {b}": (band(b, b), normal(24), (24,), 2 * b + 1, "Banded") for b in (1, 2, 3)},
-    **{f"band {b}, 0": (band(b, 0), normal(24), (24,), b + 1, "Banded") for b in (1, 2, 3)},
-    **{f"band 0, {b}": (band(0, b), normal(24), (24,), b + 1, "Banded") for b in (1, 2, 3)},
+    **{f"band {b}, {b}": (band(b, b), normal(24), (24,), 2 * b + 1, "Banded") for b in (1, 3)},
+    **{f"band {b}, 0": (band(b, 0), normal(24), (24,), b + 1, "Banded") for b in (1, 3)},
+    **{f"band 0, {b}": (band(0, b), normal(24), (24,), b + 1, "Banded") for b in (1, 3)},
 }
 
 
