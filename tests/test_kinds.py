@@ -124,6 +124,11 @@ def placed(blocks):
     return full
 
 
+@jax.jit
+def by_itself(one, v):
+    return one.to_dense(), one.transpose().to_dense(), one.transpose().transpose().to_dense(), one.apply(v)
+
+
 @pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize("name", ALL)
 def test_a_kind_is_its_matrix(name, dtype):
@@ -131,9 +136,7 @@ def test_a_kind_is_its_matrix(name, dtype):
         one, v = make(name, lead, dtype), jnp.asarray(np.random.default_rng(1).standard_normal((2, 3, N) if len(lead) == 2 else (5, N)), dtype)
         want, tolerance = matrix_of(one), TOLERANCE[dtype] * 1e-2
         assert (one.rows, one.size) == want.shape[-2:] == (N, N)
-        back = jax.jit(lambda one: (one.to_dense(), one.transpose().to_dense(), one.transpose().transpose().to_dense()))
-        dense, transposed, again = back(one)
-        image = jax.jit(lambda one, v: one.apply(v))(one, v)
+        dense, transposed, again, image = by_itself(one, v)
         assert_close(dense, want, tolerance)
         assert_close(transposed, want.swapaxes(-1, -2), tolerance)
         assert_close(again, dense, 0)
@@ -147,11 +150,10 @@ def test_a_kind_is_its_matrix(name, dtype):
 @pytest.mark.parametrize("dtype, lead, other", [("float32", (), ()), ("float64", (5,), (1,)), ("float64", (2, 1), (1, 3))])
 @pytest.mark.parametrize("second", ALL)
 def test_products_agree_with_dense_matrices(second, dtype, lead, other):
-    a = make(second, lead, dtype, 1)
-    for first in ALL:
-        b = make(first, other, dtype, 2)
-        got = jax.jit(lambda a, b: product(a, b).to_dense())(a, b)
-        want = matrix_of(a) @ matrix_of(b)
+    a, firsts = make(second, lead, dtype, 1), {first: make(first, other, dtype, 2) for first in ALL}
+    products = jax.jit(lambda a, firsts: {first: product(a, b).to_dense() for first, b in firsts.items()})(a, firsts)
+    for first, b in firsts.items():
+        got, want = products[first], matrix_of(a) @ matrix_of(b)
         assert_close(got, np.broadcast_to(want, (*got.shape[:-2], N, N)), TOLERANCE[dtype] * 1e-1)
         assert got.ndim == want.ndim and (got.dtype == dtype or not jax.tree.leaves((a, b)))
 
