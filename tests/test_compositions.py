@@ -171,8 +171,9 @@ def wanted(name, entry):
 # Everything for `scan`; for the entries that are made of it, or of the same solve, one of each sort.
 SOME = ["jit", "value_and_grad", "vjp", "jvp", "jacfwd", "jacrev", "hessian", "jvp of grad", "grad of jvp", "vmap of grad", "checkpoint", "in scan", "in cond"]
 SOME += ["in while_loop"]
-UNCOMPILED = ["value", "grad", "vjp", "jvp", "jacrev", "hessian", "linearize", "vmap over all", "vmap of grad", "checkpoint", "in scan"]  # for `scan`
-PAIRS = [(entry, name) for entry in ENTRIES for name in (NAMES if entry == "scan" else SOME)]
+UNCOMPILED = ["value", "grad", "vjp", "jvp", "linearize", "vmap over all", "vmap of grad"]  # for `scan`
+CHOSEN = {"scan": NAMES, "chain": SOME, "linear_scan": SOME, "forward": ["jit", "value_and_grad", "jvp"]}  # what a chain gives with its activations
+PAIRS = [(entry, name) for entry in ENTRIES for name in CHOSEN[entry]]
 
 
 @pytest.mark.parametrize("entry, name", PAIRS)
@@ -315,6 +316,7 @@ def wanted_backward(name):
 @pytest.mark.parametrize("name", ["jit", "vmap", "grad", "vmap of grad", "hessian"])
 def test_parallel_backward(name, method):
     run = transformed_backward(name, functools.partial(backward, method))
+    run = jax.jit(run) if name in ("vmap of grad", "hessian") else run
     assert_close(run(*backward_arguments()), wanted_backward(name), 1e-10)
 
 
