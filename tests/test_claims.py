@@ -347,8 +347,7 @@ def scanned(step, x, claim, method, watch=True):
     return loss
 
 
-@each_dtype
-@pytest.mark.parametrize("name", STEPS)
+@pytest.mark.parametrize("name, dtype", [*((name, "float32") for name in STEPS), ("RNN", "float64")])  # the finer the digits, the less is forgiven
 def test_debug_names_the_step_and_the_coordinate(name, dtype):
     step, state, x, wrong, coordinate, right = STEPS[name]
     gradient = lambda claim: jax.jit(jax.grad(scanned(step, x, claim, "walk"), allow_int=True))(state(dtype))
@@ -399,8 +398,7 @@ CHAINS = {
 }
 
 
-@each_dtype
-@pytest.mark.parametrize("kind", CHAINS)
+@pytest.mark.parametrize("kind, dtype", [*((kind, "float32") for kind in CHAINS), ("chain", "float64")])
 def test_debug_of_chains(kind, dtype):
     x, weights = normal(dtype, 4), normal(dtype, 4, 4, 4) / 2
     gradient = lambda claim: jax.block_until_ready(jax.jit(jax.grad(lambda w: CHAINS[kind](claim)(w, x).sum()))(weights))
