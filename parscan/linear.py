@@ -69,7 +69,7 @@ def _solved(method: Travelling, reverse: bool, A: Jacobian, b: Array, h0: Array)
 
         def cross(entering, steps, count):
             (values,) = sweep([_chain(maps if _is_shared(A) else steps[0], count)], entering, [steps[1]], method, reverse=back)
-            return values[0 if back else -1], values
+            return prefix.last(values, back), values
 
         steps = (None if _is_shared(A) else maps, prefix.leaving(r, back))
         return prefix.boundaries(start, prefix.by_segments(cross, start, steps, count, method.segment, reverse=back)[1], back)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import jax
@@ -31,7 +31,7 @@ def held(step: Step, structure: Structure, method: Travelling, count: int) -> in
     """Bytes that `count` steps at once take, about, beside the chain's states and cotangents: what linearises them, their maps, products of these."""
     forms, dtype = structure.forms(transposed=True), np.dtype(structure.before.dtype)
     match method:
-        case Sequential():
+        case _ if isinstance(method, Sequential) or 0 in forms.sizes:
             maps = 0
         case Chunked(size=size):
             maps = 3 * -(-count // (size or 1)) * abstract(forms.closed(), dtype).nbytes
@@ -74,7 +74,7 @@ def fitting(
     size, device = min(method.segment or longest, longest), of_device(platform)
     budget = math.inf if device is None else device * (SHARE if asked is None else 1)
     if need(size) > budget:
-        fits = _longest(need, size, budget)
+        fits = _longest(need, longest, size, budget)
         if asked is None and fits:
             return replace(
                 method, segment=fits
@@ -83,18 +83,18 @@ def fitting(
             raise ValueError(_too_much(method, size, need(size), device, structures, fits))
     loop = sum(step.count * of_variables(step) for step in steps)
     if modest and asked is None and need(size) > loop:
-        fits = max(1, _longest(need, size, loop))
+        fits = max(1, _longest(need, longest, size, loop))
         return replace(method, segment=fits), f"; in segments of {fits}, to hold no more than the loop's own backward pass does"
     return method, ""
 
 
-def _longest(need, size: int, budget: float) -> int:
-    """The longest of the segments of half, a third, a quarter … of `size` that fits, or 0."""
+def _longest(need: Callable[[int], int], longest: int, size: int, budget: float) -> int:
+    """The longest segment that fits, of half of `size`, a third, a quarter …, or the divisor of the chain's length below that; 0 if there is none."""
     parts = 2
     while -(-size // parts) > 1 and need(-(-size // parts)) > budget:
         parts += 1 if parts < 16 else parts // 8
     fits = -(-size // parts)
-    return fits if need(fits) <= budget else 0
+    return next((d for d in range(fits, fits // 2, -1) if longest % d == 0), fits) if need(fits) <= budget else 0
 
 
 def _too_much(method: Travelling, size: int, need: int, device: int | None, structures: Sequence[Structure], fits: int) -> str:

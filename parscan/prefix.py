@@ -70,6 +70,11 @@ def first(bounds: Value, reverse: bool) -> Value:
     return take(bounds, -1 if reverse else 0)
 
 
+def last(values: Value, reverse: bool) -> Value:
+    """Of the values that leave each map, the one the journey ends with."""
+    return take(values, 0 if reverse else -1)
+
+
 def walk(maps: Maps, start: Value, apply: Apply, *, reverse: bool = False, scan: Callable = lax.scan) -> Value:
     """One map after another: depth L, no product of maps. `apply` gets a single map."""
 
@@ -226,7 +231,7 @@ class _Ordered:
         """Notes the values leaving each map of a node, and returns the last: `end`, if that is known."""
         if isinstance(node, Unit):
             self.left[node] = self.inside(node, start, end)
-            return take(self.left[node], 0 if self.reverse else -1)
+            return last(self.left[node], self.reverse)
         if node.walked:
             return self.travel(node.second, self.travel(node.first, start), end)
         middle = self.apply(self.product(node.first), start)

@@ -68,7 +68,7 @@ def sweep(chains: Sequence[Chain], start: Array, offsets: Sequence[Array], metho
             count = next((i for i, some in enumerate(journey) if _is_constant(*some)), len(journey))
             values.extend(_swept(journey[:count], start, method, reverse))
             journey = journey[count:]
-        start = values[-1][0 if reverse else -1] if values[-1].shape[0] else start
+        start = prefix.last(values[-1], reverse) if values[-1].shape[0] else start
     return values[:: -1 if reverse else 1]
 
 
@@ -86,7 +86,7 @@ def _swept(journey: list[tuple[Chain, Array]], start: Array, method: Method, rev
         found, entering = [], start
         for chain, offsets in journey:
             found.append(_through_one(chain, entering, offsets, method, reverse))
-            entering = found[-1].values[0 if reverse else -1]
+            entering = prefix.last(found[-1].values, reverse)
     values = [one.values for one in found]
     if not (isinstance(method, Parallel) and method.guard):
         return values
@@ -99,7 +99,7 @@ def _one_after_another(journey: list[tuple[Chain, Array]], start: Array, reverse
     values = []
     for chain, offsets in journey:
         values.append(_crossed(chain, start, offsets, reverse))
-        start = values[-1][0 if reverse else -1]
+        start = prefix.last(values[-1], reverse)
     return values
 
 
@@ -143,7 +143,7 @@ def _through_order(journey: list[tuple[Chain, Array]], start: Array, method: Met
     found = []
     for one in folded:
         found.append(one.unfolded(start, [next(left) for _ in one.stacks]))
-        start = found[-1].values[0 if reverse else -1]
+        start = prefix.last(found[-1].values, reverse)
     return found
 
 
@@ -229,7 +229,7 @@ class Folded:
                 found.append(values)
                 if lo in self.formed:
                     checks.append(partial(self._both_ways, lo, hi, start, values))
-            start = found[-1][0 if self.reverse else -1]
+            start = prefix.last(found[-1], self.reverse)
         both_ways = (lambda: jax.tree.map(lambda *some: jnp.concatenate(some), *(check() for check in checks))) if checks else None
         return Found(jnp.concatenate(found[:: -1 if self.reverse else 1]), both_ways)
 

@@ -305,7 +305,7 @@ def solve(at: System, r: Unknowns) -> Unknowns:
         def cross(entering, steps, count, run=run, some=some):
             (states, xs), *given = steps
             solved = _solve_at_once(at.only(run.cut(states, xs, count)), Unknowns(entering, [RunUnknowns(some.consts, *given)]))
-            return prefix.first(solved.runs[0].states, not at.reverse), (solved.runs[0].states, solved.runs[0].ys)
+            return prefix.last(solved.runs[0].states, at.reverse), (solved.runs[0].states, solved.runs[0].ys)
 
         start, (states, ys) = prefix.by_segments(cross, start, (run.data, *some[1:]), run.count, at.method.segment, reverse=at.reverse)
         runs.append(some._replace(states=states, ys=ys))
@@ -351,7 +351,7 @@ def _solve_transposed_at_once(at: System, c: Unknowns) -> Unknowns:
     offsets, end = [], c.start
     for run, some, entering in zip(at.runs, c.runs, at.entering(c), strict=True):
         offsets.append(jax.tree.map(jnp.add, entering, run.pull_outputs(some.ys)) if run.active_ys else entering)
-        end = prefix.first(some.states, not at.reverse) if run.count else end
+        end = prefix.last(some.states, at.reverse) if run.count else end
     swept, runs = _swept(at, end, offsets, transposed=True), []
     for run, some, values in reversed(list(zip(at.runs, c.runs, swept, strict=True))):
         leaving, end = _handed_on(end, values, run.count, not at.reverse)

@@ -59,8 +59,8 @@ BY_HAND = {
     # method: (depth, FLOPs of forming, up-sweep, down-sweep, bytes of them)
     "sequential": (parscan.Sequential(), L, (0, 0, L * PUSH), (0, 0, L * VECTOR)),
     "lax": (parscan.Lax(), L, (0, 0, L * PUSH), (0, 0, L * VECTOR)),
-    # segments of 2, 2 and 1: each formed, then walked
-    "walk": (parscan.Walk(2), 3 + L, (L * N * PUSH, 0, L * APPLY), (2 * MATRIX, 0, L * VECTOR)),
+    # segments of 2 and 2, each formed, then walked; one step that is left is crossed as it is
+    "walk": (parscan.Walk(2), 2 + L, ((L - 1) * N * PUSH, 0, (L - 1) * APPLY + PUSH), (2 * MATRIX, 0, L * VECTOR)),
     "one segment": (parscan.Walk(100), 1 + L, (L * N * PUSH, 0, L * APPLY), (L * MATRIX, 0, L * VECTOR)),
     # 5 maps make 2, make 1. Formed, joined, joined, applied; then to the maps 1 … 2, to the last
     "tree": (parscan.Tree(), 5, (L * N * PUSH, 3 * PRODUCT, L * APPLY), (L * MATRIX, 3 * MATRIX, L * VECTOR)),
@@ -409,7 +409,7 @@ def test_tables_fit_a_terminal():
 
 
 def test_human_units():
-    assert [report._human(n) for n in (0, 7, 999, 1000, 1234, 56789, 999_499, 999_999, 2 * 10**9, 10**15)] == [
+    assert [costs.human(n) for n in (0, 7, 999, 1000, 1234, 56789, 999_499, 999_999, 2 * 10**9, 10**15)] == [
         *(("0", ""), ("7", ""), ("999", ""), ("1", "k"), ("1.23", "k"), ("56.8", "k"), ("999", "k"), ("1", "M"), ("2", "G"), ("1", "P"))
     ]
 

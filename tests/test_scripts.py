@@ -67,6 +67,16 @@ def test_bench_measures_what_it_says(tmp_path):
     assert all(max(r["gap"].values()) < 1e-4 for r in results)
 
 
+def test_bench_memory_measures_what_it_says(tmp_path):
+    done = run("bench_memory.py", "--row", "rnn:2:3", "--length", 32, "--rounds", 3, "--json", tmp_path / "memory.json")
+    assert done.returncode == 0, done.stderr
+    (result,) = json.loads((tmp_path / "memory.json").read_text())
+    residuals, peak = result["residual bytes"], result["peak bytes"]
+    assert residuals["Tree(segment=2)"] == residuals["Tree(segment=32)"] <= residuals["lax"]
+    assert peak["Tree(segment=2)"] < peak["lax"] < peak["Tree(segment=32)"]
+    assert len(result["guard"]) == 6 and done.stdout.count("\n| ") == 15
+
+
 def test_bench_complains_in_one_line():
     done = run("bench.py", "--row", "lstm:2")
     assert done.returncode == 2 and "Traceback" not in done.stderr and "CELL:B:N" in done.stderr
@@ -79,7 +89,7 @@ def test_conformance_complains_in_one_line(tmp_path):
     assert done.returncode == 1 and "Traceback" not in done.stderr and "/nowhere/python" in done.stderr
 
 
-@pytest.mark.parametrize("script", ["train.py", "bench.py", "draw_tree.py", "conformance.py", "accuracy.py"])
+@pytest.mark.parametrize("script", ["train.py", "bench.py", "draw_tree.py", "conformance.py", "accuracy.py", "bench_memory.py"])
 def test_help_has_real_text(script):
     done = run(script, "--help")
     assert done.returncode == 0

@@ -110,7 +110,7 @@ class Jacobian:
     @classmethod
     def abstract(cls, form: Form, dtype: Any) -> Any:
         """What is formed, with shapes in the place of arrays."""
-        return jax.eval_shape(lambda images: cls.from_images(images, form), jax.ShapeDtypeStruct((form.pushes, form.shape[0]), dtype))
+        return jax.eval_shape(lambda images: cls.from_images(images, form), jax.ShapeDtypeStruct((max(form.pushes, 1), form.shape[0]), dtype))
 
 
 @dataclass_transform(frozen_default=True)
