@@ -76,10 +76,9 @@ def fitting(
     if need(size) > budget:
         fits = _longest(need, longest, size, budget)
         if asked is None and fits:
-            return replace(
-                method, segment=fits
-            ), f"; in segments of {fits}: all at once would hold about {_bytes(need(size))}, and the device has {_bytes(device)}"
-        if method.is_parallel:
+            why = f"; in segments of {fits}: all at once would hold about {_bytes(need(size))}, and the device has {_bytes(device)}"
+            return replace(method, segment=fits), why
+        if method.is_parallel and not modest:  # what was chosen is never refused
             raise ValueError(_too_much(method, size, need(size), device, structures, fits))
     loop = sum(step.count * of_variables(step) for step in steps)
     if modest and asked is None and need(size) > loop:

@@ -189,12 +189,17 @@ def _made(
     if not emits:
         return dict(zip(run.active_ys, solved.ys, strict=True))
 
-    @partial(jax.checkpoint, static_argnums=2, prevent_cse=False)
-    def push(consts, steps, count):
-        (states, xs), *tangents = steps
-        return consts, replace(run.cut(states, xs, count), active_ys=emits).push_all(consts, *tangents)[1]
+    bare = replace(run, consts=(), states=(), xs=(), active_ys=emits)  # JAX remembers what is checkpointed, which must hold no tracer
 
-    _, made = prefix.by_segments(push, given.consts, (run.data, entering, given.xs), run.count, at.method.segment)
+    @partial(jax.checkpoint, static_argnums=3, prevent_cse=False)
+    def push(at_consts, consts, steps, count):
+        (states, xs), *tangents = steps
+        return replace(bare, consts=at_consts, states=states, xs=xs, count=count).push_all(consts, *tangents)[1]
+
+    def cross(consts, steps, count):
+        return consts, push(list(run.consts), consts, steps, count)
+
+    _, made = prefix.by_segments(cross, given.consts, (run.data, entering, given.xs), run.count, at.method.segment)
     return dict(zip(emits, made, strict=True))
 
 

@@ -286,3 +286,25 @@ def test_planning_counts_them_too(monkeypatch):
     plan = parscan.plan(lambda h, x: (rnn(weights, h, x), None), start, jax.ShapeDtypeStruct((2**26, 4, 8), jnp.float32), method="tree")
     assert plan.bytes["forming"] == 2**26 * 4 * 8 * 8 * 4 > 2**35
     assert planning.sized(parscan.Walk(), 2**31 + 2, {8: 4}).segment <= 1024
+
+
+def test_what_auto_takes_is_never_refused(small_device):
+    """A step that would not fit even alone is cut as far as it can be: `lax.scan` would be tried, too."""
+    small_device(100)
+    loss, at = problem("rnn", 4, 8)
+    for platform in ("cpu", "gpu"):
+        assert not isinstance(chosen("rnn", 4, 8, platform), Lax)
+    assert_close(jax.grad(loss(by("auto")))(*at), jax.grad(loss(by(None)))(*at), TOLERANCE["float32"])
+
+
+@pytest.mark.parametrize("method", ["sequential", "tree", parscan.Tree(segment=2)], ids=str)
+def test_outputs_leak_no_tracer(method):
+    """What is computed again is remembered by JAX, and with it all that it closes over."""
+    start = jnp.full(3, 0.3)
+
+    def loss(scan):
+        return lambda w: scan(lambda h, x: (jnp.sin(h @ w), (h @ w)[0]), start, None, length=5)[1].sum()
+
+    with jax.checking_leaks():
+        for gradient in (jax.grad(loss(by(method))), jax.jit(jax.grad(loss(by(method))))):
+            assert_close(gradient(jnp.eye(3)), jax.grad(loss(lax.scan))(jnp.eye(3)), TOLERANCE["float64"])
