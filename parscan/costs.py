@@ -134,7 +134,7 @@ def costs(steps: Sequence[Step], structures: Sequence[Structure] | None, method:
         for step, push, one in zip(steps, pushes, structures, strict=True)
     ]
     assert isinstance(method, Travelling)
-    in_segments = method.segment is not None and any(run.count > method.segment for run in runs)
+    in_segments = method.cuts(run.count for run in runs)
     for journey in _journeys(runs[::-1]):
         depth = 0
         if in_segments:

@@ -16,6 +16,7 @@ Segments follow one another, and each has the memory of the one before. `Lax()` 
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -52,6 +53,10 @@ class Travelling(Method):
 
     def __post_init__(self) -> None:
         _check(self, "segment", 1, "to have it chosen")
+
+    def cuts(self, counts: Iterable[int]) -> bool:
+        """Whether runs of so many steps are crossed run by run, segment by segment; else all at once."""
+        return self.segment is not None and any(count > self.segment for count in counts)
 
     def __repr__(self) -> str:
         always = [one.name for one in fields(self) if not one.kw_only]

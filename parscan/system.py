@@ -239,7 +239,7 @@ class System(NamedTuple):
     @property
     def in_segments(self) -> bool:
         """Whether it is solved run by run, segment by segment; else all at once."""
-        return self.method.segment is not None and any(run.count > self.method.segment for run in self.runs)
+        return self.method.cuts(run.count for run in self.runs)
 
     def only(self, run: Linearised) -> System:
         """Of one run, or a part of it."""

@@ -127,6 +127,29 @@ def gap(got: Any, want: Any) -> float:
     return max(float(jnp.linalg.norm(jnp.ravel(g - w)) / jnp.maximum(jnp.linalg.norm(jnp.ravel(w)), 1e-30)) for g, w in pairs)
 
 
+def gaps(row: str, runs: dict[str, Callable[[], Any]]) -> dict[str, float]:
+    """How far every gradient is from that of `lax`, which must be near."""
+    want = runs["lax"]()
+    found = {name: gap(run(), want) for name, run in runs.items()}
+    if max(found.values()) > 1e-3:
+        raise click.ClickException(f"{row}: gradients disagree, {found}")
+    return found
+
+
+def interleaved(runs: dict[str, Callable[[], Any]], rounds: int) -> dict[str, list[float]]:
+    """Seconds of so many calls of each, all of them one after another in every round."""
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    for _ in range(rounds):
+        for name, run in runs.items():
+            times[name].append(seconds(run))
+    return times
+
+
+def chosen(problem: Problem) -> str:
+    """What `auto` takes."""
+    return str(parscan.plan(lambda h, x: (problem.cell(problem.weights, h, x), None), problem.start, problem.inputs).method)
+
+
 def measure(row: str, length: int, pairs: int, seed: int, extra: tuple[str, ...]) -> dict[str, Any]:
     """All figures of one row, in ms, ratios and bytes."""
     problem = make(row, length, seed)
@@ -139,28 +162,21 @@ def measure(row: str, length: int, pairs: int, seed: int, extra: tuple[str, ...]
         runs[name], temporary[name] = gradient(problem, scan)
         runs[name]()
         first[name] = time.perf_counter() - begun
+    found = gaps(row, runs)
     runs |= {f"backward {m}": backward(problem, m) for m in ("lax", "sequential", "auto")}
-    want = runs["lax"]()
-    gaps = {name: gap(runs[name](), want) for name in scans}
-    if max(gaps.values()) > 1e-3:
-        raise click.ClickException(f"{row}: gradients disagree, {gaps}")
-    times = {name: [] for name in runs}
     for run in runs.values():
         run()
-    for _ in range(pairs):
-        for name, run in runs.items():
-            times[name].append(seconds(run))
-    chosen = parscan.plan(lambda h, x: (problem.cell(problem.weights, h, x), None), problem.start, problem.inputs)
+    times = interleaved(runs, pairs)
     return {
         "row": row,
         "length": length,
-        "auto": str(chosen.method),
+        "auto": chosen(problem),
         "ms": {name: 1e3 * float(np.median(t)) for name, t in times.items()},
         "ratio": {name: float(np.median(np.array(times["lax"]) / np.array(times[name]))) for name in scans},
         "spread": {name: [float(q) for q in np.quantile(np.array(times["lax"]) / np.array(times[name]), (0.25, 0.75))] for name in scans},
         "temporary bytes": temporary,
         "first call s": first,
-        "gap": gaps,
+        "gap": found,
     }
 
 

@@ -22,7 +22,7 @@ from typing import Any
 import click
 import jax
 import numpy as np
-from bench import Problem, gap, gradient, loss_through, make, seconds
+from bench import Problem, chosen, gaps, gradient, interleaved, loss_through, make
 from tqdm import tqdm
 
 import parscan
@@ -55,19 +55,12 @@ def measure(row: str, length: int, rounds: int, seed: int) -> dict[str, Any]:
     runs, peak = {}, {}
     for name, scan in tqdm(scans.items(), desc=row, leave=False):
         runs[name], peak[name] = gradient(problem, scan)
-    want = runs["lax"]()
-    gaps = {name: gap(run(), want) for name, run in runs.items()}
-    if max(gaps.values()) > 1e-3:
-        raise click.ClickException(f"{row}: gradients disagree, {gaps}")
-    times: dict[str, list[float]] = {name: [] for name in runs}
-    for _ in range(rounds):
-        for name, run in runs.items():
-            times[name].append(seconds(run))
-    chosen = parscan.plan(lambda h, x: (problem.cell(problem.weights, h, x), None), problem.start, problem.inputs)
+    gaps(row, runs)
+    times = interleaved(runs, rounds)
     return {
         "row": row,
         "length": length,
-        "auto": str(chosen.method),
+        "auto": chosen(problem),
         "residual bytes": {name: residuals(problem, scan) for name, scan in scans.items()},
         "peak bytes": peak,
         "ms": {name: 1e3 * float(np.median(t)) for name, t in times.items()},
