@@ -48,6 +48,11 @@ def then(second: Affine, first: Affine) -> Affine:
     return Affine(matrix, exponent, apply(second, first.offset))
 
 
+def renewed(joined: Affine, second: Affine, first: Affine) -> Affine:
+    """`then` where only the offsets are others than when the two were joined."""
+    return joined._replace(offset=apply(second, first.offset))
+
+
 def renormalised(matrix: Any, exponent: Array) -> tuple[Any, Array]:
     """The same scaled matrix with every column's largest entry in [1/2, 1)."""
     matrix, grown = matrix.balanced()

@@ -1,8 +1,10 @@
 """Whether what a parallel pass found is what one map after another gives, asked on the device.
 
-Where a product of maps took a vector a long way (*told*), the maps themselves, one after another, take it the last piece of that way, too
-(*walked*). The two agree to rounding, or the products have lost what the vector is made of: they overflowed, or met 0 · inf or NaN, or growth
-that the vector has no part in drowned it. Then, and wherever anything is not finite, the maps are applied one after another, and the result is theirs.
+What a product of maps tells of a vector far along, the maps themselves tell, too, from the vector a piece before it. Where the two differ the product
+has rounded, and what follows multiplies the difference: each such *defect* travels the rest of the chain as the vector does, through the very products
+that are there, and what arrives is the *error* against one map after another. Locally every product may be right to the last digit and the error still
+drown the vector: the chain grows along directions in which the vector has no part. Where the error is beyond half the digits, and wherever anything is not
+finite (products overflow, or meet 0 · inf or NaN), the maps are applied one after another, and the result is theirs.
 
 That reads cotangents, and is yet differentiable: a sweep is the inside of a linear solve (`parscan.system`), of which JAX
 differentiates the equation, never the way it is solved.
@@ -23,40 +25,60 @@ from parscan.layout import Group
 FALLBACK = "parscan_one_after_another"  # its name in programs and profiles
 
 
+class Errors(NamedTuple):
+    """At some places of a journey, how far the vector is from where one map after another takes it.
+
+    at: (m, p).
+    size: (m, p), the largest entries of vectors and offsets since the place before.
+    end: (p,), at the end of the journey.
+    """
+
+    at: Array
+    size: Array
+    end: Array
+
+
 class Found(NamedTuple):
     """What leaves the maps of one chain.
 
-    values: (L, p). both_ways: () -> told and walked, (m, p), the same m values; None where no product was taken.
+    values: (L, p). errors: what the vector that enters is off by, None for nothing -> Errors; None where there are none.
     """
 
     values: Array
-    both_ways: Callable[[], tuple[Array, Array]] | None = None
+    errors: Callable[[Array | None], Errors | None] = lambda _: None
 
 
-def is_sound(found: Found, groups: Sequence[Group], epsilon: float, reverse: bool) -> Array:
-    """Whether all is finite, and told and walked agree to half the digits of the largest value in their block so far. A bool, one for a whole batch.
+class Check(NamedTuple):
+    """What is known of a journey so far. good: whether all was sound. error: what the vector is off by, None where no product is ever taken."""
 
-    So far on the journey: what a map gets wrong may grow behind it until it drowns itself.
+    good: Array
+    error: Any
+
+
+def is_sound(values: Array, errors: Errors | None, groups: Sequence[Group], epsilon: float, reverse: bool) -> Array:
+    """Whether all is finite, and every error within half the digits of its block's vector. A bool, one for a whole batch.
+
+    A block of a single coordinate is compared with the largest that it has been on the journey: sums of a product and an offset cancel by chance now and then.
 
     epsilon: of the precision that the maps are computed in.
     """
-    good = jnp.isfinite(found.values).all()
-    if found.both_ways is not None:
-        (told, walked), info = found.both_ways(), jnp.finfo(found.values.dtype)
-        scale = lax.cummax(_by_block(jnp.maximum(jnp.abs(told), jnp.abs(walked)), groups), reverse=reverse)
-        gap, nothing = _by_block(jnp.abs(told - walked), groups), info.tiny / info.eps
-        good &= (gap <= 8 * math.sqrt(epsilon) * scale + nothing).all()
+    good = jnp.isfinite(values).all()
+    if errors is not None:
+        info = jnp.finfo(values.dtype)
+        for error, size, group in zip(_by_block(jnp.abs(errors.at), groups), _by_block(errors.size, groups), groups, strict=True):
+            size = lax.cummax(size, reverse=reverse) if group.side == 1 else size
+            good &= (error <= 8 * math.sqrt(epsilon) * size + info.tiny / info.eps).all()
     return _everywhere(good)
 
 
-def _by_block(x: Array, groups: Sequence[Group]) -> Array:
-    """The largest entry of each block: (m, p) -> (m, blocks). NaN where there is one."""
+def _by_block(x: Array, groups: Sequence[Group]) -> list[Array]:
+    """Of each group, the largest entry of every block: (m, p) -> (m, blocks). NaN where there is one."""
     found, start = [], 0
     for group in groups:
-        if group.size:
-            found.append(x[:, start : start + group.size].reshape(-1, group.blocks, group.side).max(-1))
+        part = x[:, start : start + group.size].reshape(x.shape[0], group.blocks, group.side)
+        found.append(part.max(-1) if group.size else part[..., 0:0].reshape(x.shape[0], 0))
         start += group.size
-    return jnp.concatenate(found, axis=1)
+    return found
 
 
 @jax.custom_batching.custom_vmap
@@ -78,4 +100,5 @@ def guarded(values: Any, good: Array, otherwise: Callable[[], Any]) -> Any:
         return otherwise()
 
     fallback.__name__ = fallback.__qualname__ = FALLBACK
-    return lax.cond(good, lambda: values, jax.jit(fallback))
+    mend = jax.jit(fallback)
+    return lax.while_loop(lambda carry: ~carry[0], lambda _: (jnp.ones((), bool), mend()), (good, values))[1]

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 from jax import lax
@@ -24,6 +24,7 @@ Maps = Any
 Value = Any
 Apply = Callable[[Maps, Value], Value]
 Then = Callable[[Maps, Maps], Maps]
+Renew = Callable[[Maps, Maps, Maps], Maps]  # (what two maps were joined to, second, first) -> the same with the offset that they now have
 
 
 def length(maps: Maps) -> int:
@@ -130,6 +131,38 @@ def _halves(maps: Maps, reverse: bool) -> tuple[int, int, int, Maps, Maps]:
     return even, count // 2, (count + 1) // 2, take(maps, slice(even, None, 2)), take(maps, slice(odd, None, 2))
 
 
+class Upsweep(NamedTuple):
+    """What `tree` makes on the way up. last: the journey's last map where it has an even number of them, which meets a vector only; else None."""
+
+    rounds: list[Maps]
+    last: Maps | None
+
+
+def upsweep(maps: Maps, then: Then, *, reverse: bool = False, levels: int | None = None) -> Upsweep:
+    count = length(maps)
+    if count % 2 or count == 0 or levels == 0:
+        return Upsweep(up(maps, then, reverse=reverse, levels=levels), None)
+    rest, last = take(maps, slice(1, None) if reverse else slice(None, -1)), take(maps, slice(None, 1) if reverse else slice(-1, None))
+    return Upsweep(up(rest, then, reverse=reverse, levels=levels), last)
+
+
+def downsweep(made: Upsweep, start: Value, apply: Apply, *, reverse: bool = False, walk: Callable = walk) -> Value:
+    values = down(made.rounds, start, apply, reverse=reverse, walk=walk)
+    if made.last is None:
+        return values
+    end = apply(made.last, take(values, slice(None, 1) if reverse else slice(-1, None)))
+    return jax.tree.map(lambda v, e: _concat([e, v] if reverse else [v, e]), values, end)
+
+
+def again(made: Upsweep, maps: Maps, renew: Renew, *, reverse: bool = False) -> Upsweep:
+    """The same upsweep over maps of which only the offsets are others."""
+    known, count = iter(made.rounds[1:]), length(made.rounds[0])
+    rest = maps if made.last is None else take(maps, slice(1, None) if reverse else slice(None, -1))
+    last = None if made.last is None else take(maps, slice(None, 1) if reverse else slice(-1, None))
+    assert length(rest) == count
+    return Upsweep(up(rest, lambda second, first: renew(next(known), second, first), reverse=reverse, levels=len(made.rounds) - 1), last)
+
+
 def tree(maps: Maps, start: Value, apply: Apply, then: Then, *, reverse: bool = False, levels: int | None = None, walk: Callable = walk) -> Value:
     """Work-efficient prefix: neighbours are joined on the way up, values handed out on the way down.
 
@@ -138,13 +171,7 @@ def tree(maps: Maps, start: Value, apply: Apply, then: Then, *, reverse: bool = 
 
     Source: G. E. Blelloch, Prefix sums and their applications (1990); S. Wang, Y. Bai, G. Pekhimenko, BPPSA (MLSys 2020).
     """
-    count = length(maps)
-    if count % 2 or count == 0 or levels == 0:
-        return down(up(maps, then, reverse=reverse, levels=levels), start, apply, reverse=reverse, walk=walk)
-    rest, last = take(maps, slice(1, None) if reverse else slice(None, -1)), take(maps, slice(None, 1) if reverse else slice(-1, None))
-    values = down(up(rest, then, reverse=reverse, levels=levels), start, apply, reverse=reverse, walk=walk)
-    end = apply(last, take(values, slice(None, 1) if reverse else slice(-1, None)))
-    return jax.tree.map(lambda v, e: _concat([e, v] if reverse else [v, e]), values, end)
+    return downsweep(upsweep(maps, then, reverse=reverse, levels=levels), start, apply, reverse=reverse, walk=walk)
 
 
 def _interleave(lead, other):
@@ -181,33 +208,29 @@ def one_after_another(first: Maps, second: Maps) -> Maps:
     return jax.tree.map(lambda a, b: _concat([a, b]), expanded(first), expanded(second))
 
 
-def ordered(
-    stacks: Sequence[Stack],
-    tree: Node,
-    start: Value,
-    apply: Apply,
-    then: Then,
-    *,
-    reverse: bool = False,
-    carry: Callable[[Maps, Maps], Maps] = one_after_another,
-) -> list[Value]:
+def ordered(stacks: Sequence[Stack], tree: Node, start: Value, apply: Apply, then: Then, **options: Any) -> list[Value]:
     """The values leaving each map of every stack, by a tree from `parscan.order`.
 
     Args:
         stacks: in the order of travel; `reverse` travels each from its last entry to its first.
         tree: over units of them, in the order of travel.
+        options: those of `Ordered`.
+    """
+    return Ordered(stacks, apply, then, **options).values(tree, start)
+
+
+class Ordered:
+    """A journey by a tree from `parscan.order`. Maps are formed, and products taken, when somebody first asks for them.
+
+    Args:
         carry: how two stacks of maps become one, if they are not alike.
     """
-    return _Ordered(stacks, apply, then, reverse, carry).values(tree, start)
 
-
-class _Ordered:
-    """Maps are formed, and products taken, when somebody first asks for them."""
-
-    def __init__(self, stacks: Sequence[Stack], apply: Apply, then: Then, reverse: bool, carry: Callable[[Maps, Maps], Maps]):
+    def __init__(self, stacks: Sequence[Stack], apply: Apply, then: Then, *, reverse: bool = False, carry: Callable[[Maps, Maps], Maps] = one_after_another):
         self.stacks, self.apply, self.then, self.reverse, self.carry = stacks, apply, then, reverse, carry
         self.formed: dict[int, Maps] = {}
         self.rounds: dict[Unit, list[Maps]] = {}
+        self.upsweeps: dict[Unit, Upsweep] = {}
         self.products: dict[Node, Maps] = {}
         self.left: dict[Unit, Value] = {}
 
@@ -217,14 +240,25 @@ class _Ordered:
         first, past = unit.first, unit.first + unit.count
         return take(maps, slice(stack.count - past, stack.count - first) if self.reverse else slice(first, past))
 
+    def rounds_of(self, unit: Unit) -> list[Maps]:
+        """The maps of a unit, and those of every round of joining neighbours, down to one."""
+        return up(self.maps(unit), self.then, reverse=self.reverse, carry=self.carry)
+
+    def upsweep_of(self, unit: Unit) -> Upsweep:
+        return upsweep(self.maps(unit), self.then, reverse=self.reverse)
+
+    def joined(self, node: Node) -> Maps:
+        assert not isinstance(node, Unit)
+        return self.then(self.product(node.second), self.product(node.first))
+
     def product(self, node: Node) -> Maps:
         """The one map across a node."""
         if node not in self.products:
             if isinstance(node, Unit):
-                self.rounds[node] = up(self.maps(node), self.then, reverse=self.reverse, carry=self.carry)
+                self.rounds[node] = self.rounds_of(node)
                 self.products[node] = take(self.rounds[node][-1], 0)
             else:
-                self.products[node] = self.then(self.product(node.second), self.product(node.first))
+                self.products[node] = self.joined(node)
         return self.products[node]
 
     def travel(self, node: Node, start: Value, end: Value | None = None) -> Value:
@@ -244,7 +278,8 @@ class _Ordered:
             return down(self.rounds[unit], start, self.apply, reverse=self.reverse, end=end)
         if unit.count == stack.count == 1 and stack.cross is not None:
             return stack.cross(start)
-        return tree(self.maps(unit), start, self.apply, self.then, reverse=self.reverse)
+        self.upsweeps[unit] = self.upsweep_of(unit)
+        return downsweep(self.upsweeps[unit], start, self.apply, reverse=self.reverse)
 
     def values(self, root: Node, start: Value) -> list[Value]:
         self.travel(root, start)
@@ -253,6 +288,30 @@ class _Ordered:
             some = [self.left[unit] for unit in units(root) if unit.stack == place]
             found.append(jax.tree.map(lambda *v: _concat(list(v[::-1] if self.reverse else v)), *some) if len(some) > 1 else some[0] if stack.count else None)
         return found
+
+
+class Again(Ordered):
+    """The same journey over maps of which only the offsets are others."""
+
+    def __init__(self, made: Ordered, stacks: Sequence[Stack], renew: Renew):
+        super().__init__(stacks, made.apply, made.then, reverse=made.reverse, carry=made.carry)
+        self.made, self.renew = made, renew
+
+    def rounds_of(self, unit: Unit) -> list[Maps]:
+        known = iter(self.made.rounds[unit][1:])
+
+        def then(second: Maps, first: Maps) -> Maps:
+            joined, count = next(known), length(second)  # where a map without a partner was carried along, it stands at the end of the journey
+            return self.renew(take(joined, slice(-count, None) if self.reverse else slice(None, count)), second, first)
+
+        return up(self.maps(unit), then, reverse=self.reverse, carry=self.carry)
+
+    def upsweep_of(self, unit: Unit) -> Upsweep:
+        return again(self.made.upsweeps[unit], self.maps(unit), self.renew, reverse=self.reverse)
+
+    def joined(self, node: Node) -> Maps:
+        assert not isinstance(node, Unit)
+        return self.renew(self.made.products[node], self.product(node.second), self.product(node.first))
 
 
 def by_segments(
@@ -321,6 +380,7 @@ def chunked(
     through: Callable[[Maps, Value], Value],
     reverse: bool = False,
     scan: Callable = lax.scan,
+    every: bool = False,
 ) -> Value:
     """fold -> scan -> unfold over chunks of `size` steps.
 
@@ -330,6 +390,7 @@ def chunked(
         extend: (steps, maps) -> the maps followed by the steps, for all chunks at once.
         cross: (step, value) -> value; stacked steps or a single one.
         through: (chunk maps, start) -> the value leaving each chunk; a tree or a walk.
+        every: take all chunks' maps through it, although the journey's last chunk needs none, unless the rest follows it.
     """
     whole = length(steps) // size * size
     steps, rest = take(steps, slice(None, whole)), take(steps, slice(whole, None))
@@ -340,7 +401,7 @@ def chunked(
         after_rest = _crossing(rest, start, cross, reverse, scan)
         start = take(after_rest, 0)
     maps = fold(steps, size=size, identity=identity, extend=extend, reverse=reverse, scan=scan)
-    last_matters = has_rest and not reverse  # the journey's last chunk needs no map, unless the rest follows it
+    last_matters = every or (has_rest and not reverse)
     if not last_matters:
         maps = take(maps, slice(1, None) if reverse else slice(None, -1))
     bounds = boundaries(start, through(maps, start), reverse)

@@ -20,7 +20,7 @@ from jax import Array
 
 from parscan import affine, exponents, guard, order, prefix
 from parscan.affine import Affine
-from parscan.guard import Found
+from parscan.guard import Check, Errors, Found
 from parscan.jacobians import Jacobian, closed, split
 from parscan.layout import Group
 from parscan.methods import Associative, Chunked, Method, Parallel, Sequential, Tree, Walk
@@ -72,6 +72,25 @@ def sweep(chains: Sequence[Chain], start: Array, offsets: Sequence[Array], metho
     return values[:: -1 if reverse else 1]
 
 
+def is_guarded(method: Method) -> bool:
+    return isinstance(method, Parallel) and method.guard
+
+
+def departure(method: Method, start: Any) -> Check:
+    """Of a journey that goes on from sweep to sweep, before the first."""
+    return Check(jnp.ones((), bool), None if isinstance(method, Walk) else jax.tree.map(jnp.zeros_like, start))
+
+
+def sweep_on(chain: Chain, start: Array, offsets: Array, method: Method, check: Check, *, reverse: bool) -> tuple[Array, Check]:
+    """`sweep` over one chain that goes on with a journey, of which all is judged at its end; nothing is mended here."""
+    if _is_constant(chain, offsets):
+        return offsets, check._replace(error=jax.tree.map(lambda error: jnp.zeros_like(offsets[0]) if offsets.shape[0] else error, check.error))
+    found = _through_one(chain, start, offsets, method, reverse)
+    errors = found.errors(check.error)
+    good = guard.is_sound(found.values, errors, chain.forms.after, chain.epsilon, reverse)
+    return found.values, Check(check.good & good, errors.end if errors else check.error)
+
+
 def _is_constant(chain: Chain, offsets: Array) -> bool:
     return 0 in (offsets.shape[0], *chain.forms.sizes)
 
@@ -88,9 +107,11 @@ def _swept(journey: list[tuple[Chain, Array]], start: Array, method: Method, rev
             found.append(_through_one(chain, entering, offsets, method, reverse))
             entering = prefix.last(found[-1].values, reverse)
     values = [one.values for one in found]
-    if not (isinstance(method, Parallel) and method.guard):
+    if not is_guarded(method):
         return values
-    good = [guard.is_sound(one, chain.forms.after, chain.epsilon, reverse) for one, (chain, _) in zip(found, journey, strict=True)]
+    good = []
+    for one, (chain, _) in zip(found, journey, strict=True):
+        good.append(guard.is_sound(one.values, one.errors(None), chain.forms.after, chain.epsilon, reverse))
     bare = [(chain._replace(crossing=chain.stepping), offsets) for chain, offsets in journey]  # what is not expected to run holds no memory
     return guard.guarded(values, jnp.stack(good).all(), lambda: _one_after_another(bare, start, reverse))
 
@@ -104,31 +125,53 @@ def _one_after_another(journey: list[tuple[Chain, Array]], start: Array, reverse
 
 
 def _through_one(chain: Chain, start: Array, offsets: Array, method: Method, reverse: bool) -> Found:
+    upswept = partial(prefix.upsweep, then=affine.then, reverse=reverse)
+    if isinstance(method, Walk):
+        return Found(
+            _crossed(chain, start, offsets, reverse) if offsets.shape[0] == 1 else prefix.walk(_formed(chain, offsets), start, affine.apply, reverse=reverse)
+        )
     if offsets.shape[0] == 1:
-        return Found(_crossed(chain, start, offsets, reverse))
-    match method:
-        case Walk():
-            return Found(prefix.walk(_formed(chain, offsets), start, affine.apply, reverse=reverse))
-        case Tree():
-            maps = _formed(chain, offsets)
-            values = prefix.tree(maps, start, affine.apply, affine.then, reverse=reverse)
-            whole = values.shape[0] % 2 == 1
-            odd = slice(1 if whole else 2, None, 2) if reverse else slice(1, None if whole else -1, 2)
-            return Found(values, partial(_both_ways, chain, start, offsets, values, odd, reverse))
-        case Associative():
-            maps = _formed(chain, offsets)
-            values = prefix.associative(affine.scaled(_closed(maps)), start, affine.apply, affine.then, reverse=reverse)
-            return Found(values, partial(_both_ways, chain, start, offsets, values, slice(None), reverse))
-        case Chunked(size=size, levels=levels):
-            return _chunked(chain, start, offsets, size or 1, levels, reverse)
+        values = _crossed(chain, start, offsets, reverse)
+        return Found(values, partial(_errors_of_steps, chain, values, offsets, reverse))
+    if isinstance(method, Chunked):
+        return _chunked(chain, start, offsets, method.size or 1, method.levels, is_guarded(method), reverse)
+    maps = _formed(chain, offsets)
+    if isinstance(method, Tree):
+        made = upswept(maps)
+        values = prefix.downsweep(made, start, affine.apply, reverse=reverse)
+        return Found(values, partial(_errors_of_tree, chain, start, values, maps, made, reverse))
+    if isinstance(method, Associative):
+        values = prefix.associative(affine.scaled(_closed(maps)), start, affine.apply, affine.then, reverse=reverse)
+        return Found(values, lambda error: _errors_of_tree(chain, start, values, maps, upswept(maps), reverse, error))
     raise TypeError(f"no journey by {method!r}")
 
 
-def _both_ways(chain: Chain, start: Array, offsets: Array, values: Array, places: slice, reverse: bool) -> tuple[Array, Array]:
-    """Some of the values, and what their own steps make of those before them. A single map may change the width."""
+def _errors_of_steps(chain: Chain, values: Array, offsets: Array, reverse: bool, error: Array | None) -> Errors | None:
+    """Of maps that were taken one after another: what the vector was off by travels with it."""
+    if error is None:
+        return None
+    at = _crossed(chain, error, jnp.zeros_like(offsets), reverse)
+    return Errors(at, _largest(values, offsets), prefix.last(at, reverse))
+
+
+def _errors_of_tree(chain: Chain, start: Array, values: Array, maps: Affine, made: prefix.Upsweep, reverse: bool, error: Array | None) -> Errors:
+    defects = _defects(chain, start, maps.offset, values, reverse)
+    made = prefix.again(made, maps._replace(offset=defects), affine.renewed, reverse=reverse)
+    at = prefix.downsweep(made, jnp.zeros_like(start) if error is None else error, affine.apply, reverse=reverse)
+    return Errors(at, _largest(values, maps.offset), prefix.last(at, reverse))
+
+
+def _defects(chain: Chain, start: Array, offsets: Array, values: Array, reverse: bool) -> Array:
+    """How far each value is from what its own step makes of the one before. A single map may change the width."""
     before = start[None] if values.shape[0] == 1 else prefix.entering(prefix.boundaries(start, values, reverse), reverse)
     data, cross = chain.stepping()
-    return values[places], jax.vmap(cross)(prefix.take(data, places), before[places]) + offsets[places]
+    return values - (jax.vmap(cross)(data, before) + offsets)
+
+
+def _largest(values: Array, offsets: Array, size: int = 1) -> Array:
+    """Of chunks of `size` steps, the largest of each coordinate."""
+    found = jnp.maximum(jnp.abs(values), jnp.abs(offsets))
+    return found if size == 1 else found.reshape(-1, size, found.shape[1]).max(1)
 
 
 def _through_order(journey: list[tuple[Chain, Array]], start: Array, method: Method, reverse: bool) -> list[Found]:
@@ -137,14 +180,29 @@ def _through_order(journey: list[tuple[Chain, Array]], start: Array, method: Met
     folded = [Folded(chain, offsets, size, reverse) for chain, offsets in journey]
     stacks = [stack for one in folded for stack in one.stacks]
     ends = [one.chain.forms.before for one in folded for _ in one.stacks] + [journey[-1][0].forms.after]
-    found = order_of_products([stack.count for stack in stacks], ends)
-    assert found.tree is not None
-    left = iter(prefix.ordered(stacks, found.tree, start, affine.apply, affine.then, reverse=reverse, carry=affine.one_after_another))
-    found = []
+    tree = order_of_products([stack.count for stack in stacks], ends).tree
+    assert tree is not None
+    made = prefix.Ordered(stacks, affine.apply, affine.then, reverse=reverse, carry=affine.one_after_another)
+    left = iter(made.values(tree, start))
+    legs, values = [], []
     for one in folded:
-        found.append(one.unfolded(start, [next(left) for _ in one.stacks]))
-        start = prefix.last(found[-1].values, reverse)
-    return found
+        own = one.legs(start, [next(left) for _ in one.stacks])
+        legs += own
+        values.append(one.together([leg.steps for leg in own]))
+        start = prefix.last(values[-1], reverse)
+
+    @functools.cache
+    def errors() -> list[Errors]:
+        defects = [leg.defects(place in made.formed) for place, leg in enumerate(legs)]
+        others = [leg.stack_of(made.formed.get(place), some) for place, (leg, some) in enumerate(zip(legs, defects, strict=True))]
+        at = iter(prefix.Again(made, others, affine.renewed).values(tree, jnp.zeros_like(legs[0].start)))
+        sizes, found = iter([leg.sizes() for leg in legs]), []
+        for one in folded:
+            together = one.together([next(at) for _ in one.stacks])
+            found.append(Errors(together, one.together([next(sizes) for _ in one.stacks]), prefix.last(together, reverse)))
+        return found
+
+    return [Found(some, lambda _, place=place: errors()[place]) for place, some in enumerate(values)]
 
 
 def order_of_products(counts: Sequence[int], ends: Sequence[Sequence[Group]]) -> order.Order:
@@ -170,7 +228,6 @@ class Folded:
         whole = count // self.size * self.size
         self.bounds = [bounds for bounds in ((0, whole), (whole, count)) if bounds[0] < bounds[1]][:: -1 if reverse else 1]
         self.offsets = offsets
-        self.formed: set[int] = set()  # the first steps of stacks whose maps somebody asked for
         self.stacks = [self._stack(lo, hi) for lo, hi in self.bounds]
 
     @functools.cached_property
@@ -200,38 +257,59 @@ class Folded:
         if size == 1:
             chain, offsets = self._part(lo, hi)
             cross = (lambda start: _crossed(chain, start, offsets, self.reverse)) if hi - lo == 1 else None
-
-            def maps():
-                self.formed.add(lo)
-                return affine.scaled(_formed(chain, offsets))
-
-            return prefix.Stack(hi - lo, maps, cross)
+            return prefix.Stack(hi - lo, lambda: affine.scaled(_formed(chain, offsets)), cross)
 
         def chunks():
             return self.fold.explicit(prefix.fold(self._steps(lo, hi), size=size, identity=self.fold.identity, extend=self.fold.extend, reverse=self.reverse))
 
         return prefix.Stack((hi - lo) // size, chunks)
 
-    def _both_ways(self, lo: int, hi: int, start: Array, values: Array) -> tuple[Array, Array]:
-        chain, offsets = self._part(lo, hi)
-        return _both_ways(chain, start, offsets, values, slice(None), self.reverse)
-
-    def unfolded(self, start: Array, left: list[Array]) -> Found:
+    def legs(self, start: Array, left: list[Array]) -> list[Leg]:
         """What leaves every step, from the vectors leaving every map of the stacks."""
-        found, checks = [], []
-        for (lo, hi), values in zip(self.bounds, left, strict=True):
-            size = min(self.size, hi - lo)
+        found = []
+        for (lo, hi), stack, told in zip(self.bounds, self.stacks, left, strict=True):
+            size, steps = min(self.size, hi - lo), told
             if size > 1:
-                before = prefix.entering(prefix.boundaries(start, values, self.reverse), self.reverse)
-                found.append(prefix.unfold(self._steps(lo, hi), before, size=size, cross=self.fold.cross, reverse=self.reverse))
-                checks.append(lambda told=values, steps=found[-1], size=size: (told, _ends(steps, size, self.reverse)))
-            else:
-                found.append(values)
-                if lo in self.formed:
-                    checks.append(partial(self._both_ways, lo, hi, start, values))
-            start = prefix.last(found[-1], self.reverse)
-        both_ways = (lambda: jax.tree.map(lambda *some: jnp.concatenate(some), *(check() for check in checks))) if checks else None
-        return Found(jnp.concatenate(found[:: -1 if self.reverse else 1]), both_ways)
+                before = prefix.entering(prefix.boundaries(start, told, self.reverse), self.reverse)
+                steps = prefix.unfold(self._steps(lo, hi), before, size=size, cross=self.fold.cross, reverse=self.reverse)
+            found.append(Leg(*self._part(lo, hi), stack, size, start, told, steps, self.reverse))
+            start = prefix.last(steps, self.reverse)
+        return found
+
+    def together(self, parts: list[Array]) -> Array:
+        """Of the chain, from what there is of each stack."""
+        return jnp.concatenate(parts[:: -1 if self.reverse else 1])
+
+
+class Leg(NamedTuple):
+    """The journey along one stack of a `Folded` chain.
+
+    size: steps a map. start: what enters. told: what leaves each map. steps: what leaves each step.
+    """
+
+    chain: Chain
+    offsets: Array
+    stack: prefix.Stack
+    size: int
+    start: Array
+    told: Array
+    steps: Array
+    reverse: bool
+
+    def defects(self, formed: bool) -> Array:
+        """How far what leaves each map is from what its steps make of what enters."""
+        if self.size > 1:
+            return self.told - _ends(self.steps, self.size, self.reverse)
+        return _defects(self.chain, self.start, self.offsets, self.told, self.reverse) if formed else jnp.zeros_like(self.told)
+
+    def stack_of(self, maps: Affine | None, defects: Array) -> prefix.Stack:
+        """The same maps, with defects for offsets."""
+        assert maps is not None or self.stack.cross is not None
+        cross = None if self.stack.cross is None else lambda error: _crossed(self.chain, error, defects, self.reverse)
+        return prefix.Stack(self.stack.count, lambda: maps._replace(offset=defects) if maps else None, cross)
+
+    def sizes(self) -> Array:
+        return _largest(self.steps, self.offsets, self.size)
 
 
 def _crossed(chain: Chain, start: Array, offsets: Array, reverse: bool) -> Array:
@@ -252,22 +330,42 @@ def _closed(maps: Affine) -> Affine:
     return maps._replace(matrix=closed(maps.matrix))
 
 
-def _chunked(chain: Chain, start: Array, offsets: Array, size: int, levels: int | None, reverse: bool) -> Found:
+def _chunked(chain: Chain, start: Array, offsets: Array, size: int, levels: int | None, checked: bool, reverse: bool) -> Found:
     """fold -> scan -> unfold."""
-    fold, told = Fold(chain, offsets.dtype), []
+    fold, steps = Fold(chain, offsets.dtype), offsets.shape[0] // size * size
+    maps: Any = None
+    made: Any = None
+    told: Any = None
 
-    def through(maps, start):
-        told.append(prefix.tree(fold.explicit(maps), start, affine.apply, affine.then, reverse=reverse, levels=levels))
-        return told[0]
+    def through(chunks, start):
+        nonlocal maps, made, told
+        maps = fold.explicit(chunks)
+        made = prefix.upsweep(maps, affine.then, reverse=reverse, levels=levels)
+        told = prefix.downsweep(made, start, affine.apply, reverse=reverse)
+        return told
 
-    steps = (fold.data, offsets)
-    values = prefix.chunked(steps, start, size=size, identity=fold.identity, extend=fold.extend, cross=fold.cross, through=through, reverse=reverse)
+    given = {"size": size, "identity": fold.identity, "extend": fold.extend, "cross": fold.cross, "reverse": reverse}
+    values = prefix.chunked((fold.data, offsets), start, through=through, every=checked, **given)
 
-    def both_ways():
-        ends, count = _ends(values[: values.shape[0] // size * size], size, reverse), told[0].shape[0]
-        return told[0], ends[ends.shape[0] - count :] if reverse else ends[:count]
+    def of_rest(error):
+        some, none = prefix.take(fold.data, slice(steps, None)), jnp.zeros_like(offsets[steps:])
+        return prefix.walk((some, none), error, fold.cross, reverse=reverse)
 
-    return Found(values, both_ways if told and told[0].shape[0] else None)
+    def errors(error):
+        if steps == 0:
+            return _errors_of_steps(chain, values, offsets, reverse, error)
+        if reverse and steps < offsets.shape[0] and error is not None:  # the rest comes first
+            error = prefix.last(of_rest(error), reverse)
+        defects = told - _ends(values[:steps], size, reverse)
+        some = prefix.again(made, maps._replace(offset=defects), affine.renewed, reverse=reverse)
+        at = prefix.downsweep(some, jnp.zeros_like(start) if error is None else error, affine.apply, reverse=reverse)
+        sizes = _largest(values[:steps], offsets[:steps], size)
+        if not reverse and steps < offsets.shape[0]:
+            at = jnp.concatenate([at, of_rest(at[-1])])
+            sizes = jnp.concatenate([sizes, _largest(values[steps:], offsets[steps:])])
+        return Errors(at, sizes, prefix.last(at, reverse))
+
+    return Found(values, errors)
 
 
 def _ends(values: Array, size: int, reverse: bool) -> Array:

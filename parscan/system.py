@@ -24,13 +24,14 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from parscan import prefix
+from parscan import guard, prefix
 from parscan.checks import is_inexact
+from parscan.guard import Check
 from parscan.jaxprs import Program, contracted, flops, masks_nothing, staged
 from parscan.layout import Layout
-from parscan.methods import Travelling
+from parscan.methods import Sequential, Travelling
 from parscan.structure import Structure
-from parscan.sweep import Chain, sweep
+from parscan.sweep import Chain, departure, is_guarded, sweep, sweep_on
 
 
 class RunUnknowns(NamedTuple):
@@ -297,62 +298,81 @@ def _tied(u: Unknowns, nothing: Array) -> Unknowns:
 
 def solve(at: System, r: Unknowns) -> Unknowns:
     """A⁻¹ r: tangents, along the chain."""
-    if not at.in_segments:
-        return _solve_at_once(at, r)
+    return _judged(at, r.start, partial(_solve_in_segments, r=r)) if at.in_segments else _solve_at_once(at, r)[0]
+
+
+def _judged(at: System, start: list[Array], travelled: Callable[[System, Check | None], tuple[Unknowns, Check | None]]) -> Unknowns:
+    """A journey in segments, of which all is judged at its end: an error grows from segment to segment."""
+    if not is_guarded(at.method):
+        return travelled(at, None)[0]
+    found, check = travelled(at, departure(at.method, start))
+    assert check is not None
+    return guard.guarded(found, check.good, lambda: travelled(at._replace(method=Sequential(segment=at.method.segment)), None)[0])
+
+
+def _solve_in_segments(at: System, check: Check | None, *, r: Unknowns) -> tuple[Unknowns, Check | None]:
     start, runs = r.start, []
     for run, some in zip(at.runs, r.runs, strict=True):
 
-        def cross(entering, steps, count, run=run, some=some):
-            (states, xs), *given = steps
-            solved = _solve_at_once(at.only(run.cut(states, xs, count)), Unknowns(entering, [RunUnknowns(some.consts, *given)]))
-            return prefix.last(solved.runs[0].states, at.reverse), (solved.runs[0].states, solved.runs[0].ys)
+        def cross(carry, steps, count, run=run, some=some):
+            (entering, check), ((states, xs), *given) = carry, steps
+            solved, check = _solve_at_once(at.only(run.cut(states, xs, count)), Unknowns(entering, [RunUnknowns(some.consts, *given)]), check)
+            return (prefix.last(solved.runs[0].states, at.reverse), check), (solved.runs[0].states, solved.runs[0].ys)
 
-        start, (states, ys) = prefix.by_segments(cross, start, (run.data, *some[1:]), run.count, at.method.segment, reverse=at.reverse)
+        carry, given = (start, check), (run.data, *some[1:])
+        (start, check), (states, ys) = prefix.by_segments(cross, carry, given, run.count, at.method.segment, reverse=at.reverse)
         runs.append(some._replace(states=states, ys=ys))
-    return Unknowns(r.start, runs)
+    return Unknowns(r.start, runs), check
 
 
-def _solve_at_once(at: System, r: Unknowns) -> Unknowns:
+def _solve_at_once(at: System, r: Unknowns, check: Check | None = None) -> tuple[Unknowns, Check | None]:
     offsets = []
     for run, some in zip(at.runs, r.runs, strict=True):
         given = bool(run.active_consts or run.active_xs)
         offsets.append(jax.tree.map(jnp.add, some.states, run.push_inputs(some.consts, some.xs)) if given else some.states)
-    swept = _swept(at, r.start, offsets, transposed=False)
+    swept, check = _swept(at, r.start, offsets, check, transposed=False)
     solved = Unknowns(r.start, [some._replace(states=states) for some, states in zip(r.runs, swept, strict=True)])
     runs = []
     for run, some, entering in zip(at.runs, solved.runs, at.entering(solved), strict=True):
         made = run.push_all(some.consts, entering, some.xs)[1] if run.active_ys else []
         runs.append(some._replace(ys=jax.tree.map(jnp.add, some.ys, made) if made else some.ys))
-    return Unknowns(r.start, runs)
+    return Unknowns(r.start, runs), check
 
 
 def solve_transposed(at: System, c: Unknowns) -> Unknowns:
     """A⁻ᵀ c: cotangents, against the chain, then one batched pull-back to constants and inputs."""
     if not at.in_segments:
-        return _solve_transposed_at_once(at, c)
-    behind, runs = [jnp.zeros_like(leaf[-1]) for leaf in c.runs[-1].states], []  # what flows back into the state that leaves a segment
+        return _solve_transposed_at_once(at, c)[0]
+    end = [jnp.zeros_like(leaf[-1]) for leaf in c.runs[-1].states]
+    return _judged(at, end, partial(_solve_transposed_in_segments, c=c, end=end))
+
+
+def _solve_transposed_in_segments(at: System, check: Check | None, *, c: Unknowns, end: list[Array]) -> tuple[Unknowns, Check | None]:
+    """end: zeros."""
+    behind, runs = end, []  # what flows back into the state that leaves a segment
     for run, some in reversed(list(zip(at.runs, c.runs, strict=True))):
 
         def cross(carry, steps, count, run=run):
-            (behind, total), ((states, xs), leaving, ys) = carry, steps
+            (behind, total, check), ((states, xs), leaving, ys) = carry, steps
             leaving = [leaf.at[0 if at.reverse else -1].add(back) for leaf, back in zip(leaving, behind, strict=True)]
             piece = run.cut(states, xs, count)
             nothing = zeros(at.only(piece), jnp.float32(0))
-            solved = _solve_transposed_at_once(at.only(piece), nothing._replace(runs=[nothing.runs[0]._replace(consts=total, states=leaving, ys=ys)]))
-            return (solved.start, solved.runs[0].consts), (solved.runs[0].xs, solved.runs[0].states)
+            given = nothing._replace(runs=[nothing.runs[0]._replace(consts=total, states=leaving, ys=ys)])
+            solved, check = _solve_transposed_at_once(at.only(piece), given, check)
+            return (solved.start, solved.runs[0].consts, check), (solved.runs[0].xs, solved.runs[0].states)
 
-        given = (run.data, some.states, some.ys)
-        (behind, consts), (xs, leaving) = prefix.by_segments(cross, (behind, some.consts), given, run.count, at.method.segment, reverse=not at.reverse)
+        carry, given = (behind, some.consts, check), (run.data, some.states, some.ys)
+        (behind, consts, check), (xs, leaving) = prefix.by_segments(cross, carry, given, run.count, at.method.segment, reverse=not at.reverse)
         runs.append(RunUnknowns(consts, jax.tree.map(jnp.add, some.xs, xs), leaving, some.ys))
-    return Unknowns(jax.tree.map(jnp.add, c.start, behind), runs[::-1])
+    return Unknowns(jax.tree.map(jnp.add, c.start, behind), runs[::-1]), check
 
 
-def _solve_transposed_at_once(at: System, c: Unknowns) -> Unknowns:
+def _solve_transposed_at_once(at: System, c: Unknowns, check: Check | None = None) -> tuple[Unknowns, Check | None]:
     offsets, end = [], c.start
     for run, some, entering in zip(at.runs, c.runs, at.entering(c), strict=True):
         offsets.append(jax.tree.map(jnp.add, entering, run.pull_outputs(some.ys)) if run.active_ys else entering)
         end = prefix.last(some.states, at.reverse) if run.count else end
-    swept, runs = _swept(at, end, offsets, transposed=True), []
+    (swept, check), runs = _swept(at, end, offsets, check, transposed=True), []
     for run, some, values in reversed(list(zip(at.runs, c.runs, swept, strict=True))):
         leaving, end = _handed_on(end, values, run.count, not at.reverse)
         consts, xs = some.consts, some.xs
@@ -360,17 +380,26 @@ def _solve_transposed_at_once(at: System, c: Unknowns) -> Unknowns:
             to_consts, to_xs = run.pull_inputs(leaving, some.ys)
             consts, xs = jax.tree.map(jnp.add, consts, to_consts), jax.tree.map(jnp.add, xs, to_xs)
         runs.append(RunUnknowns(consts, xs, leaving, some.ys))
-    return Unknowns(end, runs[::-1])
+    return Unknowns(end, runs[::-1]), check
 
 
-def _swept(at: System, start: list[Array], offsets: list[list[Array]], *, transposed: bool) -> list[list[Array]]:
-    """What leaves each map of the journey, in the coordinates of the layouts and back."""
+def _swept(at: System, start: list[Array], offsets: list[list[Array]], check: Check | None, *, transposed: bool) -> tuple[list[list[Array]], Check | None]:
+    """What leaves each map of the journey, in the coordinates of the layouts and back.
+
+    check: of a journey of one run that this one goes on with, where nothing is mended before all is judged.
+    """
     ends = [(run.after, run.before) if transposed else (run.before, run.after) for run in at.runs]
     first = ends[-1 if transposed else 0][0]
     vectors = [_vectors(after, some, run.count) for (_, after), some, run in zip(ends, offsets, at.runs, strict=True)]
-    entering = _vectors(first, start, None)
-    values = sweep(at.chains(transposed=transposed), entering, vectors, at.method, reverse=at.reverse != transposed)
-    return [after.from_vector(some) for (_, after), some in zip(ends, values, strict=True)]
+    entering, chains, reverse = _vectors(first, start, None), at.chains(transposed=transposed), at.reverse != transposed
+    if check is None:
+        values = sweep(chains, entering, vectors, at.method, reverse=reverse)
+    else:
+        [chain], [vector], after = chains, vectors, ends[0][1]
+        error = None if check.error is None else _vectors(first, check.error, None)
+        value, check = sweep_on(chain, entering, vector, at.method, check._replace(error=error), reverse=reverse)
+        values, check = [value], check if check.error is None else check._replace(error=after.from_vector(check.error))
+    return [after.from_vector(some) for (_, after), some in zip(ends, values, strict=True)], check
 
 
 def _vectors(layout: Layout, leaves: list[Array], count: int | None) -> Array:
