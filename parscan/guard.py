@@ -49,8 +49,9 @@ class Found(NamedTuple):
 
 
 class Check(NamedTuple):
-    """What is known of a journey so far. good: whether all was sound. error: what the vector is off by, None where no product is ever taken."""
+    """What is known of a journey so far. again: whether it is taken one map after another. good: whether all was sound. error: what the vector is off by."""
 
+    again: Array
     good: Array
     error: Any
 
@@ -95,10 +96,32 @@ def _(axis_size: int, in_batched: Any, good: Array) -> tuple[Array, bool]:
 
 def guarded(values: Any, good: Array, otherwise: Callable[[], Any]) -> Any:
     """`values` where they are good, else what `otherwise` computes, which costs nothing until then."""
+    return lax.cond(good, lambda: values, _named(otherwise))
 
+
+def repeated(journey: Callable[[Array], tuple[Any, Array]], like: Any) -> Any:
+    """What `journey` finds, if that is good; else what it finds when told to go one map after another, in the same place: the two are never held at once.
+
+    journey: (whether to go one map after another) -> (what is found, whether that is good). like: shapes and dtypes of what is found.
+    """
+
+    def go(carry):
+        again = carry[1]
+        found, good = journey(again)
+        return good | again, jnp.ones((), bool), found
+
+    nothing = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), like)
+    return lax.while_loop(lambda carry: ~carry[0], go, (jnp.zeros((), bool), jnp.zeros((), bool), nothing))[2]
+
+
+def either(again: Array, anew: Callable[[], Any], otherwise: Callable[[], Any]) -> Any:
+    """Of a `repeated` journey, one piece."""
+    return lax.cond(again, _named(otherwise), anew)
+
+
+def _named(otherwise: Callable[[], Any]) -> Callable[[], Any]:
     def fallback():
         return otherwise()
 
     fallback.__name__ = fallback.__qualname__ = FALLBACK
-    mend = jax.jit(fallback)
-    return lax.while_loop(lambda carry: ~carry[0], lambda _: (jnp.ones((), bool), mend()), (good, values))[1]
+    return jax.jit(fallback)

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax import Array
+from jax import Array, lax
 
 from parscan import affine, exponents, guard, order, prefix
 from parscan.affine import Affine
@@ -76,19 +76,14 @@ def is_guarded(method: Method) -> bool:
     return isinstance(method, Parallel) and method.guard
 
 
-def departure(method: Method, start: Any) -> Check:
-    """Of a journey that goes on from sweep to sweep, before the first."""
-    return Check(jnp.ones((), bool), None if isinstance(method, Walk) else jax.tree.map(jnp.zeros_like, start))
-
-
 def sweep_on(chain: Chain, start: Array, offsets: Array, method: Method, check: Check, *, reverse: bool) -> tuple[Array, Check]:
     """`sweep` over one chain that goes on with a journey, of which all is judged at its end; nothing is mended here."""
     if _is_constant(chain, offsets):
-        return offsets, check._replace(error=jax.tree.map(lambda error: jnp.zeros_like(offsets[0]) if offsets.shape[0] else error, check.error))
+        return offsets, check._replace(error=jnp.zeros_like(offsets[0]) if offsets.shape[0] else check.error)
     found = _through_one(chain, start, offsets, method, reverse)
     errors = found.errors(check.error)
     good = guard.is_sound(found.values, errors, chain.forms.after, chain.epsilon, reverse)
-    return found.values, Check(check.good & good, errors.end if errors else check.error)
+    return found.values, check._replace(good=check.good & good, error=errors.end if errors else check.error)
 
 
 def _is_constant(chain: Chain, offsets: Array) -> bool:
@@ -109,9 +104,11 @@ def _swept(journey: list[tuple[Chain, Array]], start: Array, method: Method, rev
     values = [one.values for one in found]
     if not is_guarded(method):
         return values
-    good = []
+    good, error = [], None
     for one, (chain, _) in zip(found, journey, strict=True):
-        good.append(guard.is_sound(one.values, one.errors(None), chain.forms.after, chain.epsilon, reverse))
+        errors = one.errors(error)
+        good.append(guard.is_sound(one.values, errors, chain.forms.after, chain.epsilon, reverse))
+        error = errors.end if errors else error
     bare = [(chain._replace(crossing=chain.stepping), offsets) for chain, offsets in journey]  # what is not expected to run holds no memory
     return guard.guarded(values, jnp.stack(good).all(), lambda: _one_after_another(bare, start, reverse))
 
@@ -125,17 +122,15 @@ def _one_after_another(journey: list[tuple[Chain, Array]], start: Array, reverse
 
 
 def _through_one(chain: Chain, start: Array, offsets: Array, method: Method, reverse: bool) -> Found:
-    upswept = partial(prefix.upsweep, then=affine.then, reverse=reverse)
-    if isinstance(method, Walk):
-        return Found(
-            _crossed(chain, start, offsets, reverse) if offsets.shape[0] == 1 else prefix.walk(_formed(chain, offsets), start, affine.apply, reverse=reverse)
-        )
     if offsets.shape[0] == 1:
         values = _crossed(chain, start, offsets, reverse)
         return Found(values, partial(_errors_of_steps, chain, values, offsets, reverse))
     if isinstance(method, Chunked):
         return _chunked(chain, start, offsets, method.size or 1, method.levels, is_guarded(method), reverse)
-    maps = _formed(chain, offsets)
+    maps, upswept = _formed(chain, offsets), partial(prefix.upsweep, then=affine.then, reverse=reverse)
+    if isinstance(method, Walk):
+        values = prefix.walk(maps, start, affine.apply, reverse=reverse)
+        return Found(values, partial(_errors_of_walk, chain, start, values, maps, reverse))
     if isinstance(method, Tree):
         made = upswept(maps)
         values = prefix.downsweep(made, start, affine.apply, reverse=reverse)
@@ -152,6 +147,13 @@ def _errors_of_steps(chain: Chain, values: Array, offsets: Array, reverse: bool,
         return None
     at = _crossed(chain, error, jnp.zeros_like(offsets), reverse)
     return Errors(at, _largest(values, offsets), prefix.last(at, reverse))
+
+
+def _errors_of_walk(chain: Chain, start: Array, values: Array, maps: Affine, reverse: bool, error: Array | None) -> Errors:
+    """Of maps that were written down and taken one after another: entries are rounded where a step itself may cancel exactly. Some rounding stands for it."""
+    rounding = chain.epsilon * jnp.cos(2.4 * (1 + lax.iota(values.dtype, values.shape[1])))
+    at = prefix.walk(maps._replace(offset=rounding * values), jnp.zeros_like(start) if error is None else error, affine.apply, reverse=reverse)
+    return Errors(at, _largest(values, maps.offset), prefix.last(at, reverse))
 
 
 def _errors_of_tree(chain: Chain, start: Array, values: Array, maps: Affine, made: prefix.Upsweep, reverse: bool, error: Array | None) -> Errors:
@@ -202,6 +204,7 @@ def _through_order(journey: list[tuple[Chain, Array]], start: Array, method: Met
             found.append(Errors(together, one.together([next(sizes) for _ in one.stacks]), prefix.last(together, reverse)))
         return found
 
+    # those of the chains before are among them
     return [Found(some, lambda _, place=place: errors()[place]) for place, some in enumerate(values)]
 
 

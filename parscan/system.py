@@ -31,7 +31,7 @@ from parscan.jaxprs import Program, contracted, flops, masks_nothing, staged
 from parscan.layout import Layout
 from parscan.methods import Sequential, Travelling
 from parscan.structure import Structure
-from parscan.sweep import Chain, departure, is_guarded, sweep, sweep_on
+from parscan.sweep import Chain, is_guarded, sweep, sweep_on
 
 
 class RunUnknowns(NamedTuple):
@@ -298,31 +298,59 @@ def _tied(u: Unknowns, nothing: Array) -> Unknowns:
 
 def solve(at: System, r: Unknowns) -> Unknowns:
     """A⁻¹ r: tangents, along the chain."""
-    return _judged(at, r.start, partial(_solve_in_segments, r=r)) if at.in_segments else _solve_at_once(at, r)[0]
+    if not at.in_segments:
+        return _solve_at_once(at, r)[0]
+    like = [(some.states, some.ys) for some in r.runs]
+    solved = _judged(at, r.start, like, partial(_solve_in_segments, at, r))
+    return Unknowns(r.start, [some._replace(states=states, ys=ys) for some, (states, ys) in zip(r.runs, solved, strict=True)])
 
 
-def _judged(at: System, start: list[Array], travelled: Callable[[System, Check | None], tuple[Unknowns, Check | None]]) -> Unknowns:
-    """A journey in segments, of which all is judged at its end: an error grows from segment to segment."""
+def _judged(at: System, start: list[Array], like: Any, journey: Callable[[Check | None], tuple[Any, Check | None]]) -> Any:
+    """A journey in segments, of which all is judged at its end: an error grows from segment to segment. like: shapes of what it finds."""
     if not is_guarded(at.method):
-        return travelled(at, None)[0]
-    found, check = travelled(at, departure(at.method, start))
-    assert check is not None
-    return guard.guarded(found, check.good, lambda: travelled(at._replace(method=Sequential(segment=at.method.segment)), None)[0])
+        return journey(None)[0]
+
+    def once(again: Array) -> tuple[Any, Array]:
+        found, check = journey(Check(again, jnp.ones((), bool), jax.tree.map(jnp.zeros_like, start)))
+        assert check is not None
+        return found, check.good
+
+    return guard.repeated(once, like)
 
 
-def _solve_in_segments(at: System, check: Check | None, *, r: Unknowns) -> tuple[Unknowns, Check | None]:
-    start, runs = r.start, []
+def _piece(
+    solve: Callable[..., tuple[Unknowns, Check | None]], end: Callable[[Unknowns], list[Array]], at: System, given: Unknowns, check: Check | None
+) -> Any:
+    """One segment of a journey that is judged at its end, or taken again, one map after another: then nothing is off. end: what leaves it."""
+    if check is None:
+        return solve(at, given, None)
+
+    def slowly():
+        solved, _ = solve(at._replace(method=Sequential()), given, None)
+        return solved, check._replace(error=jax.tree.map(jnp.zeros_like, end(solved)))
+
+    return guard.either(check.again, lambda: solve(at, given, check), slowly)
+
+
+def _solve_in_segments(at: System, r: Unknowns, check: Check | None) -> tuple[list[tuple[list[Array], list[Array]]], Check | None]:
+    """(states, ys) of every run."""
+    start, found = r.start, []
+
+    def end(solved):
+        return prefix.last(solved.runs[0].states, at.reverse)
+
     for run, some in zip(at.runs, r.runs, strict=True):
 
         def cross(carry, steps, count, run=run, some=some):
             (entering, check), ((states, xs), *given) = carry, steps
-            solved, check = _solve_at_once(at.only(run.cut(states, xs, count)), Unknowns(entering, [RunUnknowns(some.consts, *given)]), check)
-            return (prefix.last(solved.runs[0].states, at.reverse), check), (solved.runs[0].states, solved.runs[0].ys)
+            piece, given = at.only(run.cut(states, xs, count)), Unknowns(entering, [RunUnknowns(some.consts, *given)])
+            solved, check = _piece(_solve_at_once, end, piece, given, check)
+            return (end(solved), check), (solved.runs[0].states, solved.runs[0].ys)
 
         carry, given = (start, check), (run.data, *some[1:])
-        (start, check), (states, ys) = prefix.by_segments(cross, carry, given, run.count, at.method.segment, reverse=at.reverse)
-        runs.append(some._replace(states=states, ys=ys))
-    return Unknowns(r.start, runs), check
+        (start, check), leaving = prefix.by_segments(cross, carry, given, run.count, at.method.segment, reverse=at.reverse)
+        found.append(leaving)
+    return found, check
 
 
 def _solve_at_once(at: System, r: Unknowns, check: Check | None = None) -> tuple[Unknowns, Check | None]:
@@ -343,28 +371,31 @@ def solve_transposed(at: System, c: Unknowns) -> Unknowns:
     """A⁻ᵀ c: cotangents, against the chain, then one batched pull-back to constants and inputs."""
     if not at.in_segments:
         return _solve_transposed_at_once(at, c)[0]
-    end = [jnp.zeros_like(leaf[-1]) for leaf in c.runs[-1].states]
-    return _judged(at, end, partial(_solve_transposed_in_segments, c=c, end=end))
+    behind = [jnp.zeros_like(leaf[-1]) for leaf in c.runs[-1].states]  # what flows back into the state that leaves a segment
+    like = [jnp.zeros_like(leaf) for leaf in c.start], [(some.consts, some.xs, some.states) for some in c.runs]
+    start, solved = _judged(at, behind, like, partial(_solve_transposed_in_segments, at, c, behind))
+    runs = [RunUnknowns(consts, xs, leaving, some.ys) for some, (consts, xs, leaving) in zip(c.runs, solved, strict=True)]
+    return Unknowns(jax.tree.map(jnp.add, c.start, start), runs)
 
 
-def _solve_transposed_in_segments(at: System, check: Check | None, *, c: Unknowns, end: list[Array]) -> tuple[Unknowns, Check | None]:
-    """end: zeros."""
-    behind, runs = end, []  # what flows back into the state that leaves a segment
+def _solve_transposed_in_segments(at: System, c: Unknowns, behind: list[Array], check: Check | None) -> tuple[tuple[list[Array], list[Any]], Check | None]:
+    """What flows back into the chain's start, and (consts, xs, states) of every run."""
+    found = []
     for run, some in reversed(list(zip(at.runs, c.runs, strict=True))):
 
         def cross(carry, steps, count, run=run):
             (behind, total, check), ((states, xs), leaving, ys) = carry, steps
             leaving = [leaf.at[0 if at.reverse else -1].add(back) for leaf, back in zip(leaving, behind, strict=True)]
-            piece = run.cut(states, xs, count)
-            nothing = zeros(at.only(piece), jnp.float32(0))
+            piece = at.only(run.cut(states, xs, count))
+            nothing = zeros(piece, jnp.float32(0))
             given = nothing._replace(runs=[nothing.runs[0]._replace(consts=total, states=leaving, ys=ys)])
-            solved, check = _solve_transposed_at_once(at.only(piece), given, check)
+            solved, check = _piece(_solve_transposed_at_once, lambda solved: solved.start, piece, given, check)
             return (solved.start, solved.runs[0].consts, check), (solved.runs[0].xs, solved.runs[0].states)
 
         carry, given = (behind, some.consts, check), (run.data, some.states, some.ys)
         (behind, consts, check), (xs, leaving) = prefix.by_segments(cross, carry, given, run.count, at.method.segment, reverse=not at.reverse)
-        runs.append(RunUnknowns(consts, jax.tree.map(jnp.add, some.xs, xs), leaving, some.ys))
-    return Unknowns(jax.tree.map(jnp.add, c.start, behind), runs[::-1]), check
+        found.append((consts, jax.tree.map(jnp.add, some.xs, xs), leaving))
+    return (behind, found[::-1]), check
 
 
 def _solve_transposed_at_once(at: System, c: Unknowns, check: Check | None = None) -> tuple[Unknowns, Check | None]:
@@ -396,9 +427,9 @@ def _swept(at: System, start: list[Array], offsets: list[list[Array]], check: Ch
         values = sweep(chains, entering, vectors, at.method, reverse=reverse)
     else:
         [chain], [vector], after = chains, vectors, ends[0][1]
-        error = None if check.error is None else _vectors(first, check.error, None)
+        error = _vectors(first, check.error, None)
         value, check = sweep_on(chain, entering, vector, at.method, check._replace(error=error), reverse=reverse)
-        values, check = [value], check if check.error is None else check._replace(error=after.from_vector(check.error))
+        values, check = [value], check._replace(error=after.from_vector(check.error))
     return [after.from_vector(some) for (_, after), some in zip(ends, values, strict=True)], check
 
 
