@@ -26,6 +26,8 @@ from parscan.layout import Group
 from parscan.methods import Associative, Chunked, Method, Parallel, Sequential, Tree, Walk
 from parscan.structure import Forms
 
+ROUND = 3  # of a tree whose maps tell errors: eight steps each, which are taken one after another beside
+
 
 class Chain(NamedTuple):
     """L linear maps of one program.
@@ -157,10 +159,32 @@ def _errors_of_walk(chain: Chain, start: Array, values: Array, maps: Affine, rev
 
 
 def _errors_of_tree(chain: Chain, start: Array, values: Array, maps: Affine, made: prefix.Upsweep, reverse: bool, error: Array | None) -> Errors:
-    defects = _defects(chain, start, maps.offset, values, reverse)
-    made = prefix.again(made, maps._replace(offset=defects), affine.renewed, reverse=reverse)
-    at = prefix.downsweep(made, jnp.zeros_like(start) if error is None else error, affine.apply, reverse=reverse)
+    """The maps of a later round carry the defects on; the steps inside each are taken from where it starts, and compared one by one."""
+    level = min(ROUND, len(made.rounds) - 1)
+    rounds, size = made.rounds[level:], 2**level
+    rest = values.shape[0] - size * prefix.length(rounds[0])  # at the end of the journey
+    data, one = chain.stepping()
+
+    def cross(step, vector):
+        data, offset = step
+        return (jax.vmap(one) if offset.ndim == 2 else one)(data, vector) + offset
+
+    steps, others = (prefix.take((data, maps.offset), part) for part in _apart(values.shape[0], rest, reverse))
+    told, left = (values[part] for part in _apart(values.shape[0], rest, reverse))
+    ends = _ends(told, size, reverse)
+    at = told - prefix.unfold(steps, prefix.entering(prefix.boundaries(start, ends, reverse), reverse), size=size, cross=cross, reverse=reverse)
+    made = prefix.again(prefix.Upsweep(rounds, None), rounds[0]._replace(offset=_ends(at, size, reverse)), affine.renewed, reverse=reverse)
+    errors = prefix.downsweep(made, jnp.zeros_like(start) if error is None else error, affine.apply, reverse=reverse)
+    at = at.at[0 if reverse else size - 1 :: size].set(errors)
+    if rest:
+        behind = prefix.walk(others, prefix.last(ends, reverse) - prefix.last(errors, reverse), cross, reverse=reverse)
+        at = jnp.concatenate([left - behind, at] if reverse else [at, left - behind])
     return Errors(at, _largest(values, maps.offset), prefix.last(at, reverse))
+
+
+def _apart(count: int, rest: int, reverse: bool) -> tuple[slice, slice]:
+    """All but the journey's last `rest` steps, and these."""
+    return (slice(rest, count), slice(0, rest)) if reverse else (slice(0, count - rest), slice(count - rest, count))
 
 
 def _defects(chain: Chain, start: Array, offsets: Array, values: Array, reverse: bool) -> Array:
