@@ -77,7 +77,7 @@ def _check(run: Linearised, watch: Watch) -> None:
 
     found = lax.map(one, (still.data, own), batch_size=AT_ONCE)
     step = jnp.argmax(found[0])
-    jax.debug.callback(partial(_complain, watch, run.after, _tolerance(run)), step, *(each[step] for each in found))
+    jax.debug.callback(partial(_complain, watch, run.after, run.roundoff**0.5), step, *(each[step] for each in found))
 
 
 def _compared(formed: Array, pushed: Array) -> tuple[Array, Array, Array, Array]:
@@ -87,13 +87,6 @@ def _compared(formed: Array, pushed: Array) -> tuple[Array, Array, Array, Array]
     scale = jnp.max(jnp.where(known, jnp.maximum(jnp.abs(formed), jnp.abs(pushed)), 0))
     at = jnp.argmax(difference)
     return jnp.where(scale > 0, difference[at] / jnp.where(scale > 0, scale, 1), 0), at, formed[at], pushed[at]
-
-
-def _tolerance(run: Linearised) -> float:
-    """Half of the digits of the coarsest dtype; on an accelerator products in single precision keep few of them by default."""
-    dtypes = (*run.before.dtypes, *run.after.dtypes)
-    coarsest = max(float(jnp.finfo(dtype).eps) for dtype in dtypes) ** 0.5
-    return coarsest if jax.default_backend() == "cpu" else max(coarsest, 2.0**-6)
 
 
 def _complain(watch: Watch, layout: Layout, tolerance: float, step: Any, ratio: Any, at: Any, formed: Any, pushed: Any) -> None:

@@ -57,7 +57,7 @@ class Check(NamedTuple):
 
 
 def is_sound(values: Array, errors: Errors | None, groups: Sequence[Group], epsilon: float, reverse: bool) -> Array:
-    """Whether all is finite, and every error within half the digits of its block's vector. A bool, one for a whole batch.
+    """Whether all is finite, and every error within half the digits of its block's vector, at most a quarter. A bool, one for a whole batch.
 
     A block of a single coordinate is compared with the largest that it has been on the journey: sums of a product and an offset cancel by chance now and then.
 
@@ -68,7 +68,7 @@ def is_sound(values: Array, errors: Errors | None, groups: Sequence[Group], epsi
         info = jnp.finfo(values.dtype)
         for error, size, group in zip(_by_block(jnp.abs(errors.at), groups), _by_block(errors.size, groups), groups, strict=True):
             size = lax.cummax(size, reverse=reverse) if group.side == 1 else size
-            good &= (error <= 8 * math.sqrt(epsilon) * size + info.tiny / info.eps).all()
+            good &= (error <= min(8 * math.sqrt(epsilon), 0.25) * size + info.tiny / info.eps).all()
     return _everywhere(good)
 
 

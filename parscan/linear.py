@@ -10,11 +10,11 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from parscan import checks, prefix
+from parscan import checks, guard, prefix
 from parscan.jacobians import BlockDiagonal, Dense, Diagonal, Jacobian
 from parscan.methods import Chunked, Lax, Method, Sequential, Travelling, Tree, Walk, parse_method
 from parscan.structure import forms_of
-from parscan.sweep import Chain, sweep
+from parscan.sweep import Chain, judged, sweep, sweep_on
 
 _RANK = {Dense: 2, Diagonal: 1, BlockDiagonal: 3}
 
@@ -67,12 +67,28 @@ def _solved(method: Travelling, reverse: bool, A: Jacobian, b: Array, h0: Array)
         back = reverse != transposed
         maps, start = A.transpose() if transposed else A, prefix.first(r, back)
 
-        def cross(entering, steps, count):
-            (values,) = sweep([_chain(maps if _is_shared(A) else steps[0], count)], entering, [steps[1]], method, reverse=back)
-            return prefix.last(values, back), values
+        def cross(carry, steps, count):
+            (entering, check), offsets = carry, steps[1]
+            chain = _chain(maps if _is_shared(A) else steps[0], count)
+
+            def by(method):
+                return sweep([chain], entering, [offsets], method, reverse=back)[0]
+
+            if check is None:
+                values = by(method)
+            else:
+                values, check = guard.either(
+                    check.again, lambda: sweep_on(chain, entering, offsets, method, check, reverse=back), lambda: (by(Sequential()), check)
+                )
+            return (prefix.last(values, back), check), values
+
+        def journey(check):
+            (_, check), values = prefix.by_segments(cross, (start, check), steps, count, method.segment, reverse=back)
+            return values, check
 
         steps = (None if _is_shared(A) else maps, prefix.leaving(r, back))
-        return prefix.boundaries(start, prefix.by_segments(cross, start, steps, count, method.segment, reverse=back)[1], back)
+        values = judged(method, start, steps[1], journey) if method.cuts([count]) else journey(None)[0]
+        return prefix.boundaries(start, values, back)
 
     h = lax.custom_linear_solve(apply, prefix.boundaries(h0, b, reverse), lambda _, r: solve(False, r), transpose_solve=lambda _, c: solve(True, c))
     return prefix.leaving(h, reverse)
@@ -100,12 +116,14 @@ def _is_shared(A: Jacobian) -> bool:
 
 
 def _sized(method: Travelling | None) -> Travelling:
-    """There is nothing to form, so a walk needs no segments."""
+    """There is nothing to form, so a walk needs no segments; and it is the sequential pass itself, so it needs no guard."""
     match method:
+        case None if jax.default_backend() != "cpu":
+            return Tree()
         case None:
-            return Walk() if jax.default_backend() == "cpu" else Tree()
-        case Sequential(segment=segment):
-            return Walk(segment)
+            return Walk(guard=False)
+        case Sequential(segment=segment) | Walk(segment=segment):
+            return Walk(segment, guard=False)
         case Chunked(size=None):
             return replace(method, size=8)
     return method

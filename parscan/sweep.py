@@ -37,7 +37,7 @@ class Chain(NamedTuple):
     forming: () -> (data with leading axis L, map of stacked entries of data to their Jacobians, stacked).
     forms: of the Jacobians, in the direction of travel; the vectors before and after a map have different lengths only if L is 1.
     same: all maps are one.
-    epsilon: of the precision in which a map is computed, which may be less than its vectors have.
+    epsilon: distance from 1 to the next number in the precision in which a map is computed, which may be less than its vectors have.
     """
 
     crossing: Callable[[], tuple[Any, Callable[[Any, Array], Array]]]
@@ -76,6 +76,22 @@ def sweep(chains: Sequence[Chain], start: Array, offsets: Sequence[Array], metho
 
 def is_guarded(method: Method) -> bool:
     return isinstance(method, Parallel) and method.guard
+
+
+def judged(method: Method, start: Any, like: Any, journey: Callable[[Check | None], tuple[Any, Check | None]]) -> Any:
+    """What is found on a journey in segments, of which all is judged at its end: an error grows from segment to segment.
+
+    start: what enters, in leaves. like: shapes and dtypes of what is found.
+    """
+    if not is_guarded(method):
+        return journey(None)[0]
+
+    def once(again: Array) -> tuple[Any, Array]:
+        found, check = journey(Check(again, jnp.ones((), bool), jax.tree.map(jnp.zeros_like, start)))
+        assert check is not None
+        return found, check.good
+
+    return guard.repeated(once, like)
 
 
 def sweep_on(chain: Chain, start: Array, offsets: Array, method: Method, check: Check, *, reverse: bool) -> tuple[Array, Check]:

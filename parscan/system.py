@@ -27,11 +27,11 @@ from jax import Array, lax
 from parscan import guard, prefix
 from parscan.checks import is_inexact
 from parscan.guard import Check
-from parscan.jaxprs import Program, contracted, flops, masks_nothing, staged
+from parscan.jaxprs import Program, contracted, flops, masks_nothing, roundoff, staged
 from parscan.layout import Layout
 from parscan.methods import Sequential, Travelling
 from parscan.structure import Structure
-from parscan.sweep import Chain, is_guarded, sweep, sweep_on
+from parscan.sweep import Chain, judged, sweep, sweep_on
 
 
 class RunUnknowns(NamedTuple):
@@ -154,9 +154,14 @@ class Linearised:
             return data, form if way == transposed else lambda data: form(data).transpose()
 
         stepping = self.data, self.pull if transposed else self.push
-        epsilon = max((float(jnp.finfo(dtype).eps) for end in (self.before, self.after) for dtype in end.dtypes), default=0.0)
         forms, same = self.structure.forms(transposed=transposed), self.structure.same
-        return Chain(lambda: self.crossing(transposed=transposed), lambda: stepping, cheaper, forms, same, epsilon)
+        return Chain(lambda: self.crossing(transposed=transposed), lambda: stepping, cheaper, forms, same, self.roundoff)
+
+    @property
+    def roundoff(self) -> float:
+        """Of the coarsest arithmetic in a step, or of the states themselves."""
+        stored = max((float(jnp.finfo(dtype).eps) for end in (self.before, self.after) for dtype in end.dtypes), default=0.0)
+        return max(stored, roundoff(self.program.jaxpr, jax.default_backend()))
 
     def _by_pushing(self, linear: Callable[[Any, Array], Array], transposed: bool) -> Callable[[Any], Any]:
         """Stacked entries of data -> Jacobians, by pushing seeds through the steps, or pulling them."""
@@ -301,21 +306,8 @@ def solve(at: System, r: Unknowns) -> Unknowns:
     if not at.in_segments:
         return _solve_at_once(at, r)[0]
     like = [(some.states, some.ys) for some in r.runs]
-    solved = _judged(at, r.start, like, partial(_solve_in_segments, at, r))
+    solved = judged(at.method, r.start, like, partial(_solve_in_segments, at, r))
     return Unknowns(r.start, [some._replace(states=states, ys=ys) for some, (states, ys) in zip(r.runs, solved, strict=True)])
-
-
-def _judged(at: System, start: list[Array], like: Any, journey: Callable[[Check | None], tuple[Any, Check | None]]) -> Any:
-    """A journey in segments, of which all is judged at its end: an error grows from segment to segment. like: shapes of what it finds."""
-    if not is_guarded(at.method):
-        return journey(None)[0]
-
-    def once(again: Array) -> tuple[Any, Array]:
-        found, check = journey(Check(again, jnp.ones((), bool), jax.tree.map(jnp.zeros_like, start)))
-        assert check is not None
-        return found, check.good
-
-    return guard.repeated(once, like)
 
 
 def _piece(
@@ -373,7 +365,7 @@ def solve_transposed(at: System, c: Unknowns) -> Unknowns:
         return _solve_transposed_at_once(at, c)[0]
     behind = [jnp.zeros_like(leaf[-1]) for leaf in c.runs[-1].states]  # what flows back into the state that leaves a segment
     like = [jnp.zeros_like(leaf) for leaf in c.start], [(some.consts, some.xs, some.states) for some in c.runs]
-    start, solved = _judged(at, behind, like, partial(_solve_transposed_in_segments, at, c, behind))
+    start, solved = judged(at.method, behind, like, partial(_solve_transposed_in_segments, at, c, behind))
     runs = [RunUnknowns(consts, xs, leaving, some.ys) for some, (consts, xs, leaving) in zip(c.runs, solved, strict=True)]
     return Unknowns(jax.tree.map(jnp.add, c.start, start), runs)
 

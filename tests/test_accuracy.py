@@ -7,13 +7,15 @@ import functools
 import importlib.util
 import json
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from accuracy import CHAOTIC, METHODS, ORDINARY, PARTS, RADII, WHOLE, Shape, measured, violations
+from accuracy import CHAOTIC, METHODS, ORDINARY, PARTS, RADII, WHOLE, Shape, backward, measured, violations
 from click.testing import CliRunner
 from support import ROOT
 
+import parscan
 from parscan import guard
 from parscan.jacobians import Dense
 
@@ -46,7 +48,8 @@ def test_a_guard_that_finds_something_is_seen(monkeypatch):
 def test_products_in_half_precision_are_told(monkeypatch):
     half = lambda self, first: Dense(jnp.matmul(self.matrix.astype(jnp.bfloat16), first.matrix.astype(jnp.bfloat16)).astype(self.matrix.dtype))
     monkeypatch.setattr(Dense, "after", half)
-    poor = measured(SHAPES[0], RADII, methods=("sequential", "tree"), whole_by=())
+    methods = {name: jax.jit(backward(by)) for name, by in (("sequential", "sequential"), ("tree", parscan.Tree(guard=False)))}
+    poor = measured(SHAPES[0], RADII, methods=methods, whole_by=())
     assert all("times the sequential error in the median" in violations(poor, "tree", part)[-1] for part in PARTS)
     assert all(len(violations(poor, "tree", part)) > 1 for part in PARTS)
 

@@ -6,6 +6,7 @@ from parscan.jaxprs.dependence import Dependence, Mixing, dependence, influenced
 from parscan.jaxprs.elements import components, pattern
 from parscan.jaxprs.factors import Cut, Separable, cuts, separable
 from parscan.jaxprs.obstacles import is_batchable, obstacle
+from parscan.jaxprs.precision import roundoff
 from parscan.jaxprs.program import Flat, Program, equations, in_floats, is_staged, jit_unless_staged, slice_spec, trace
 from parscan.jaxprs.staging import staged
 from parscan.jaxprs.variation import variation
@@ -36,6 +37,7 @@ __all__ = [
     "moves_only",
     "obstacle",
     "pattern",
+    "roundoff",
     "separable",
     "slice_spec",
     "staged",
