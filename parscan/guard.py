@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array, lax
 
 from parscan.layout import Group
@@ -70,6 +71,14 @@ def is_sound(values: Array, errors: Errors | None, groups: Sequence[Group], epsi
             size = lax.cummax(size, reverse=reverse) if group.side == 1 else size
             good &= (error <= min(8 * math.sqrt(epsilon), 0.25) * size + info.tiny / info.eps).all()
     return _everywhere(good)
+
+
+def roundings(values: Array, epsilon: float) -> Array:
+    """What some rounding may have done to each of (m, p) values: up to `epsilon` of it either way, as if by chance, so that over many steps little adds up."""
+    bits = lax.bitcast_convert_type(values.astype(jnp.float32), jnp.uint32) ^ (lax.broadcasted_iota(jnp.uint32, values.shape, 0) * np.uint32(0x9E3779B9))
+    for multiplier in (0x85EBCA6B, 0xC2B2AE35):  # as in MurmurHash3
+        bits = (bits ^ (bits >> 15)) * np.uint32(multiplier)
+    return values * (epsilon * (bits.astype(values.dtype) * 2.0**-31 - 1))
 
 
 def _by_block(x: Array, groups: Sequence[Group]) -> list[Array]:

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax import Array, lax
+from jax import Array
 
 from parscan import affine, exponents, guard, order, prefix
 from parscan.affine import Affine
@@ -168,10 +168,11 @@ def _errors_of_steps(chain: Chain, values: Array, offsets: Array, reverse: bool,
 
 
 def _errors_of_walk(chain: Chain, start: Array, values: Array, maps: Affine, reverse: bool, error: Array | None) -> Errors:
-    """Of maps that were written down and taken one after another: entries are rounded where a step itself may cancel exactly. Some rounding stands for it."""
-    rounding = chain.epsilon * jnp.cos(2.4 * (1 + lax.iota(values.dtype, values.shape[1])))
-    at = prefix.walk(maps._replace(offset=rounding * values), jnp.zeros_like(start) if error is None else error, affine.apply, reverse=reverse)
-    return Errors(at, _largest(values, maps.offset), prefix.last(at, reverse))
+    """Of maps that were written down and taken one after another: their entries are rounded, where a step itself may cancel exactly."""
+    offsets = maps.offset
+    maps, start = maps._replace(offset=guard.roundings(values, chain.epsilon)), jnp.zeros_like(start) if error is None else error
+    at = prefix.walk(maps, start, affine.apply, reverse=reverse)
+    return Errors(at, _largest(values, offsets), prefix.last(at, reverse))
 
 
 def _errors_of_tree(chain: Chain, start: Array, values: Array, maps: Affine, made: prefix.Upsweep, reverse: bool, error: Array | None) -> Errors:
