@@ -118,8 +118,12 @@ def probing(run: Any) -> Any:
         del otherwise
         return jax.tree.map(lambda value: jnp.where(good, value, jnp.nan), values)
 
+    def repeated(journey, like):
+        del like
+        return guarded(*journey(jnp.zeros((), bool)), None)
+
     def probe(*given):
-        with mock.patch.object(guard, "guarded", guarded):
+        with mock.patch.multiple(guard, guarded=guarded, repeated=repeated):
             return run(*given)
 
     return probe

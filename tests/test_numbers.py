@@ -14,6 +14,8 @@ from jax import lax
 from support import assert_close, equations
 
 import parscan
+from parscan import guard
+from parscan.jaxprs import roundoff
 
 # --- what a precision can hold and products of it cannot: tests/finiteness.py --------------------------------------------------------
 
@@ -196,17 +198,47 @@ def test_without_its_guard_a_tree_loses_them():
     assert not np.allclose(got, want)
 
 
-def test_one_branch_under_vmap():
+@pytest.mark.parametrize("method", ["tree", parscan.Tree(segment=8)], ids=str)
+def test_one_branch_under_vmap(method):
     """A batched answer would compute both branches, always."""
-    run = lambda h: parscan.scan(lambda h, _: (SWAP @ h, None), h, None, length=64, method="tree")[0]
+    run = lambda h: parscan.scan(lambda h, _: (SWAP @ h, None), h, None, length=64, method=method)[0]
     program = jax.make_jaxpr(jax.grad(lambda h: jnp.sum(jax.vmap(jax.vmap(run))(h))))(jnp.ones((3, 2, 2)))
     branches = [eqn for eqn in equations(program) if eqn.primitive.name == "cond"]
     assert branches and all(eqn.invars[0].aval.shape == () for eqn in branches)
+    loops = [eqn for eqn in equations(program) if eqn.primitive.name == "while"]
+    assert bool(loops) == (method != "tree") and all(eqn.params["cond_jaxpr"].out_avals[0].shape == () for eqn in loops)
+
+
+# --- how finely a step rounds ------------------------------------------------------------------------------------------------------------
+
+WIDE = single(np.random.default_rng(0).standard_normal((16, 16)) / 8)
+ROUNDING = {  # name: (step, platform, the distance from 1 to the next number)
+    "single": (lambda h: jnp.tanh(h @ WIDE), "cpu", 2.0**-23),
+    "products on a GPU": (lambda h: jnp.tanh(h @ WIDE), "gpu", 2.0**-10),
+    "products on a TPU": (lambda h: jnp.tanh(h @ WIDE), "tpu", 2.0**-7),
+    "highest": (lambda h: jnp.tanh(jnp.matmul(h, WIDE, precision="highest")), "gpu", 2.0**-23),
+    "an algorithm": (lambda h: lax.dot(h, WIDE, precision="BF16_BF16_F32"), "cpu", 2.0**-7),
+    "half inside": (lambda h: jnp.tanh(h.astype(jnp.bfloat16)).astype(jnp.float32), "cpu", 2.0**-7),
+    "nothing that rounds": (lambda h: h[::-1].astype(jnp.int32), "cpu", 2.0**-23),
+}
+
+
+@pytest.mark.parametrize("name", ROUNDING)
+def test_how_finely_a_step_rounds(name):
+    step, platform, want = ROUNDING[name]
+    assert roundoff(jax.make_jaxpr(step)(jnp.ones((16, 16), jnp.float32)), platform) == want
+
+
+def test_roundings_are_small_and_add_up_to_little():
+    values = jnp.ones((4096, 3), jnp.float32)
+    some = np.asarray(guard.roundings(values, 1e-7), np.float64) / 1e-7
+    assert np.all(np.abs(some) <= 1) and np.abs(some).mean() > 0.4
+    assert np.abs(some.sum(0)).max() < 4 * np.sqrt(4096)
+    assert guard.roundings(jnp.zeros((5, 2)), 1e-7).sum() == 0
 
 
 # --- precision ---------------------------------------------------------------------------------------------------------------------
 
-WIDE = single(np.random.default_rng(0).standard_normal((16, 16)) / 8)
 asked = functools.partial(jnp.matmul, precision="high")  # of the step's own products
 PRODUCTS = {  # kind: (step, start)
     "Dense": (lambda h, _: (jnp.tanh(asked(WIDE, h)), h), jnp.ones(16, jnp.float32)),
