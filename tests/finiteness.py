@@ -62,6 +62,7 @@ def turned(angle: float) -> np.ndarray:
 
 
 EXPANSION = 2 * np.linalg.qr(np.random.default_rng(0).standard_normal((120, 3, 3)))[0]
+SLANTED = [[1.269110083580017, 0.09942018985748291], [0.2691100835800171, 1.099420189857483]]  # (1, -1) times it is (1, -1), (1, 1) grows
 FAR_APART = np.diag([1e15, 1e-15]) @ turned(0.3) @ np.diag([1e-15, 1e15])
 LINEAR = {
     "growth into one axis, read on the other": product(repeated([[16, 1], [0, 1]], 128), (0.0, 0.0), (0.0, 1.0)),
@@ -79,6 +80,7 @@ LINEAR = {
     "expansion of a tiny vector": product(EXPANSION, (1e-30, 1e-31, -1e-30), (1e-30, 1e-30, 1e-31)),
     "exactly singular": product(repeated([[1, 1], [1, 1]], 127), (1.0, -1.0), (1.0, -1.0)),
     "zero": product(repeated(np.zeros((2, 2)), 128), (1.0, 1.0), (1.0, 1.0)),
+    "growth along no axis": product(repeated(SLANTED, 64), (1.0, -1.0), (1.0, -1.0)),
     "permutation": product(repeated(np.roll(np.eye(5), 1, 0), 101), (1.0, 2.0, 3.0, 4.0, 5.0), (1.0, 0.0, 0.0, 0.0, 7.0)),
 }
 
@@ -94,10 +96,20 @@ def lorenz(h: Any, x: Any) -> Any:
     return h + single(0.01 / 6) * (a + 2 * b + 2 * c + slope(h + single(0.01) * c)) + x
 
 
+def parting(h: Any, x: Any) -> Any:
+    """Positions and velocities of four bodies after a short time. Forces cancel in pairs, and so do their slopes, exactly: the momentum stays, whatever grows."""
+    apart = h[0][:, None] - h[0]
+    faster = h[1] + single(0.1) * (jnp.sin(3 * apart) + apart).sum(1)
+    return jnp.stack([h[0] + single(0.1) * faster, faster]) + x
+
+
 MIXING = single([[0.6, -0.8], [0.8, 0.6]])
 FLAGS = single(np.resize([1, 1, -1], 37))  # which steps are real; the others are padding, or take the other branch
 OTHERS = {
     "Lorenz, 2000 steps": Case(lorenz, single(np.zeros((2000, 3))), single([1, 1, 1]), single([1, 1, 1]), chaotic=True),
+    "momentum of bodies that part": Case(
+        parting, single(np.zeros((128, 2, 1))), single([[0.1, -0.4, 0.33, 0.72], [0.1, 0.2, -0.3, 0.05]]), single([[0, 0, 0, 0], [1, 1, 1, 1]])
+    ),
     "logistic map": Case(lambda h, x: 4 * h * (1 - h) + x, single(np.zeros((100, 2))), single([0.3, 0.4]), single([1, 1]), chaotic=True),
     "saturated tanh": Case(lambda h, x: jnp.tanh(200 * (MIXING @ h) + x), single(np.full((37, 2), 90.0)), single([1, 1]), single([1, 1])),
     "saturated gates": Case(
