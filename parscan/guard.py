@@ -18,12 +18,24 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import Array, lax
 
 from parscan.layout import Group
 
 FALLBACK = "parscan_one_after_another"  # its name in programs and profiles
+
+
+class Inside(NamedTuple):
+    """Of the errors between places, what is known without following them.
+
+    most: (m, p), after the place before, the most that each entry of its error may have made of any.
+    sizes: (m, s, p), of every step.
+    follow: () -> all errors (m·s, p).
+    """
+
+    most: Array
+    sizes: Array
+    follow: Callable[[], Array]
 
 
 class Errors(NamedTuple):
@@ -32,11 +44,13 @@ class Errors(NamedTuple):
     at: (m, p).
     size: (m, p), the largest entries of vectors and offsets since the place before.
     end: (p,), at the end of the journey.
+    inside: between the places, if not all of the journey is among them.
     """
 
     at: Array
     size: Array
     end: Array
+    inside: Inside | None = None
 
 
 class Found(NamedTuple):
@@ -66,19 +80,30 @@ def is_sound(values: Array, errors: Errors | None, groups: Sequence[Group], epsi
     """
     good = jnp.isfinite(values).all()
     if errors is not None:
-        info = jnp.finfo(values.dtype)
-        for error, size, group in zip(_by_block(jnp.abs(errors.at), groups), _by_block(errors.size, groups), groups, strict=True):
-            size = lax.cummax(size, reverse=reverse) if group.side == 1 else size
-            good &= (error <= min(8 * math.sqrt(epsilon), 0.25) * size + info.tiny / info.eps).all()
+        share = min(8 * math.sqrt(epsilon), 0.25)
+        good &= _within(errors.at, errors.size, groups, share, reverse)
+        if errors.inside is not None:
+            good &= _within_inside(errors.inside, groups, share, reverse)
     return _everywhere(good)
 
 
-def roundings(values: Array, epsilon: float) -> Array:
-    """What some rounding may have done to each of (m, p) values: up to `epsilon` of it either way, as if by chance, so that over many steps little adds up."""
-    bits = lax.bitcast_convert_type(values.astype(jnp.float32), jnp.uint32) ^ (lax.broadcasted_iota(jnp.uint32, values.shape, 0) * np.uint32(0x9E3779B9))
-    for multiplier in (0x85EBCA6B, 0xC2B2AE35):  # as in MurmurHash3
-        bits = (bits ^ (bits >> 15)) * np.uint32(multiplier)
-    return values * (epsilon * (bits.astype(values.dtype) * 2.0**-31 - 1))
+def _within(at: Array, size: Array, groups: Sequence[Group], share: float, reverse: bool) -> Array:
+    good, nothing = jnp.ones((), bool), 64 * jnp.finfo(at.dtype).tiny
+    for error, some, group in zip(_by_block(jnp.abs(at), groups), _by_block(size, groups), groups, strict=True):
+        some = lax.cummax(some, reverse=reverse) if group.side == 1 else some
+        good &= (error <= share * some + nothing).all()
+    return good
+
+
+def _within_inside(inside: Inside, groups: Sequence[Group], share: float, reverse: bool) -> Array:
+    """Errors are followed only where they might be too large for the smallest vector, zeros apart, of those inside."""
+    (m, s, p), calm, nothing = inside.sizes.shape, jnp.ones((), bool), 64 * jnp.finfo(inside.sizes.dtype).tiny
+    sizes = inside.sizes.reshape(m * s, p)
+    for most, some, group in zip(_by_block(inside.most, groups), _by_block(sizes, groups), groups, strict=True):
+        some = lax.cummax(some, reverse=reverse) if group.side == 1 else some
+        least = jnp.where(some == 0, jnp.inf, some).reshape(m, s, -1).min(1)
+        calm &= (group.side * most <= share * least + nothing).all()
+    return lax.cond(_everywhere(calm), lambda: jnp.ones((), bool), lambda: _within(inside.follow(), sizes, groups, share, reverse))
 
 
 def _by_block(x: Array, groups: Sequence[Group]) -> list[Array]:

@@ -198,8 +198,9 @@ def _chosen(step: Step, structure: Structure, fallback: Method, platform: str) -
         if flops(step.program.jaxpr) > CPU_STEP:
             return Lax(), f"{name} on a CPU: a step computes enough that a loop hardly waits"
         if state <= CPU_STATE and blocks <= CPU_BLOCKS:
-            alone = jax.device_count() == 1  # over several devices the guard's answer would be a collective, and a walk needs it for what is not finite alone
-            return Walk(guard=alone), f"{name} on a CPU: forming their Jacobians and walking them is cheaper than a loop of VJPs"
+            if jax.device_count() > 1:
+                return Sequential(), f"{name} on a CPU: over several devices the answer of a walk's guard would be a collective"
+            return Walk(), f"{name} on a CPU: forming their Jacobians and walking them is cheaper than a loop of VJPs"
         return fallback, f"{name} on a CPU: the arithmetic of matrix products outweighs the loop's overhead"
     if structure.kind in ("Identity", "Permutation"):
         return Tree(), f"{name} on {platform}: products of the Jacobians cost no more than they do"

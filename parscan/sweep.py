@@ -169,39 +169,45 @@ def _errors_of_steps(chain: Chain, values: Array, offsets: Array, reverse: bool,
 
 def _errors_of_walk(chain: Chain, start: Array, values: Array, maps: Affine, reverse: bool, error: Array | None) -> Errors:
     """Of maps that were written down and taken one after another: their entries are rounded, where a step itself may cancel exactly."""
-    offsets = maps.offset
-    maps, start = maps._replace(offset=guard.roundings(values, chain.epsilon)), jnp.zeros_like(start) if error is None else error
-    at = prefix.walk(maps, start, affine.apply, reverse=reverse)
-    return Errors(at, _largest(values, offsets), prefix.last(at, reverse))
+    defects = maps._replace(offset=_defects(chain, start, maps.offset, values, reverse))
+    at = prefix.walk(defects, jnp.zeros_like(start) if error is None else error, affine.apply, reverse=reverse)
+    return Errors(at, _largest(values, maps.offset), prefix.last(at, reverse))
 
 
 def _errors_of_tree(chain: Chain, start: Array, values: Array, maps: Affine, made: prefix.Upsweep, reverse: bool, error: Array | None) -> Errors:
-    """The maps of a later round carry the defects on; the steps inside each are taken from where it starts, and compared one by one."""
+    """The maps of a later round carry the defects on; the steps inside each are taken one after another, from where it starts."""
     level = min(ROUND, len(made.rounds) - 1)
-    rounds, size = made.rounds[level:], 2**level
+    rounds, size, error = made.rounds[level:], 2**level, jnp.zeros_like(start) if error is None else error
     rest = values.shape[0] - size * prefix.length(rounds[0])  # at the end of the journey
     data, one = chain.stepping()
-
-    def cross(step, vector):
-        data, offset = step
-        return (jax.vmap(one) if offset.ndim == 2 else one)(data, vector) + offset
-
-    steps, others = (prefix.take((data, maps.offset), part) for part in _apart(values.shape[0], rest, reverse))
-    told, left = (values[part] for part in _apart(values.shape[0], rest, reverse))
+    (steps, others), (told, left) = (_apart(some, rest, reverse) for some in ((data, maps.offset), values))
     ends = _ends(told, size, reverse)
-    at = told - prefix.unfold(steps, prefix.entering(prefix.boundaries(start, ends, reverse), reverse), size=size, cross=cross, reverse=reverse)
+
+    def unfolded(offsets, start, ends):
+        before = prefix.entering(prefix.boundaries(start, ends, reverse), reverse)
+        return prefix.unfold((steps[0], offsets), before, size=size, cross=partial(_affine, one), reverse=reverse)
+
+    at = told - unfolded(steps[1], start, ends)
     made = prefix.again(prefix.Upsweep(rounds, None), rounds[0]._replace(offset=_ends(at, size, reverse)), affine.renewed, reverse=reverse)
-    errors = prefix.downsweep(made, jnp.zeros_like(start) if error is None else error, affine.apply, reverse=reverse)
-    at = at.at[0 if reverse else size - 1 :: size].set(errors)
+    errors = prefix.downsweep(made, error, affine.apply, reverse=reverse)
+    at += unfolded(jnp.zeros_like(told), error, errors)
     if rest:
-        behind = prefix.walk(others, prefix.last(ends, reverse) - prefix.last(errors, reverse), cross, reverse=reverse)
+        behind = prefix.walk(others, prefix.last(ends, reverse) - prefix.last(errors, reverse), partial(_affine, one), reverse=reverse)
         at = jnp.concatenate([left - behind, at] if reverse else [at, left - behind])
     return Errors(at, _largest(values, maps.offset), prefix.last(at, reverse))
 
 
-def _apart(count: int, rest: int, reverse: bool) -> tuple[slice, slice]:
+def _affine(one: Callable[[Any, Array], Array], step: tuple[Any, Array], vector: Array) -> Array:
+    """A step with its offset, or stacked ones."""
+    data, offset = step
+    return (jax.vmap(one) if offset.ndim == 2 else one)(data, vector) + offset
+
+
+def _apart(some: Any, rest: int, reverse: bool) -> tuple[Any, Any]:
     """All but the journey's last `rest` steps, and these."""
-    return (slice(rest, count), slice(0, rest)) if reverse else (slice(0, count - rest), slice(count - rest, count))
+    count = prefix.length(some)
+    whole, others = (slice(rest, count), slice(0, rest)) if reverse else (slice(0, count - rest), slice(count - rest, count))
+    return prefix.take(some, whole), prefix.take(some, others)
 
 
 def _defects(chain: Chain, start: Array, offsets: Array, values: Array, reverse: bool) -> Array:
@@ -211,10 +217,9 @@ def _defects(chain: Chain, start: Array, offsets: Array, values: Array, reverse:
     return values - (jax.vmap(cross)(data, before) + offsets)
 
 
-def _largest(values: Array, offsets: Array, size: int = 1) -> Array:
-    """Of chunks of `size` steps, the largest of each coordinate."""
-    found = jnp.maximum(jnp.abs(values), jnp.abs(offsets))
-    return found if size == 1 else found.reshape(-1, size, found.shape[1]).max(1)
+def _largest(values: Array, offsets: Array) -> Array:
+    """What errors are compared with: a vector that is small because its offset cancels it may be off by as much as the offset."""
+    return jnp.maximum(jnp.abs(values), jnp.abs(offsets))
 
 
 def _through_order(journey: list[tuple[Chain, Array]], start: Array, method: Method, reverse: bool) -> list[Found]:
@@ -239,10 +244,14 @@ def _through_order(journey: list[tuple[Chain, Array]], start: Array, method: Met
         defects = [leg.defects(place in made.formed) for place, leg in enumerate(legs)]
         others = [leg.stack_of(made.formed.get(place), some) for place, (leg, some) in enumerate(zip(legs, defects, strict=True))]
         at = iter(prefix.Again(made, others, affine.renewed).values(tree, jnp.zeros_like(legs[0].start)))
-        sizes, found = iter([leg.sizes() for leg in legs]), []
+        error, left, found = jnp.zeros_like(legs[0].start), iter(legs), []
         for one in folded:
-            together = one.together([next(at) for _ in one.stacks])
-            found.append(Errors(together, one.together([next(sizes) for _ in one.stacks]), prefix.last(together, reverse)))
+            parts = []
+            for leg, told in zip([next(left) for _ in one.stacks], at, strict=False):
+                parts.append((leg.followed(one, error, told), _largest(leg.steps, leg.offsets)))
+                error = prefix.last(told, reverse)
+            at_steps, sizes = (one.together(list(part)) for part in zip(*parts, strict=True))
+            found.append(Errors(at_steps, sizes, error))
         return found
 
     # those of the chains before are among them
@@ -352,8 +361,13 @@ class Leg(NamedTuple):
         cross = None if self.stack.cross is None else lambda error: _crossed(self.chain, error, defects, self.reverse)
         return prefix.Stack(self.stack.count, lambda: maps._replace(offset=defects) if maps else None, cross)
 
-    def sizes(self) -> Array:
-        return _largest(self.steps, self.offsets, self.size)
+    def followed(self, folded: Folded, error: Array, told: Array) -> Array:
+        """The errors of all steps, from the one that enters and those of the maps."""
+        if self.size == 1:
+            return told
+        before = prefix.entering(prefix.boundaries(error, told, self.reverse), self.reverse)
+        still = self.chain.crossing()[0], jnp.zeros_like(self.offsets)
+        return prefix.unfold(still, before, size=self.size, cross=folded.fold.cross, reverse=self.reverse)
 
 
 def _crossed(chain: Chain, start: Array, offsets: Array, reverse: bool) -> Array:
@@ -380,10 +394,11 @@ def _chunked(chain: Chain, start: Array, offsets: Array, size: int, levels: int 
     maps: Any = None
     made: Any = None
     told: Any = None
+    highest: Any = None
 
     def through(chunks, start):
-        nonlocal maps, made, told
-        maps = fold.explicit(chunks)
+        nonlocal maps, made, told, highest
+        maps, highest = fold.explicit(chunks), chunks[1]
         made = prefix.upsweep(maps, affine.then, reverse=reverse, levels=levels)
         told = prefix.downsweep(made, start, affine.apply, reverse=reverse)
         return told
@@ -400,14 +415,22 @@ def _chunked(chain: Chain, start: Array, offsets: Array, size: int, levels: int 
             return _errors_of_steps(chain, values, offsets, reverse, error)
         if reverse and steps < offsets.shape[0] and error is not None:  # the rest comes first
             error = prefix.last(of_rest(error), reverse)
-        defects = told - _ends(values[:steps], size, reverse)
-        some = prefix.again(made, maps._replace(offset=defects), affine.renewed, reverse=reverse)
-        at = prefix.downsweep(some, jnp.zeros_like(start) if error is None else error, affine.apply, reverse=reverse)
-        sizes = _largest(values[:steps], offsets[:steps], size)
+        error = jnp.zeros_like(start) if error is None else error
+        some = prefix.again(made, maps._replace(offset=told - _ends(values[:steps], size, reverse)), affine.renewed, reverse=reverse)
+        at = prefix.downsweep(some, error, affine.apply, reverse=reverse)
+        before = prefix.entering(prefix.boundaries(error, at, reverse), reverse)
+        most, each = exponents.scaled(jnp.abs(before), highest), _largest(values, offsets)
+
+        def follow():
+            still = fold.data if steps == offsets.shape[0] else prefix.take(fold.data, slice(None, steps))
+            return prefix.unfold((still, jnp.zeros_like(offsets[:steps])), before, size=size, cross=fold.cross, reverse=reverse)
+
+        sizes = each[:steps].reshape(-1, size, each.shape[1])
+        inside, sizes = guard.Inside(most, sizes, follow), sizes.max(1)
         if not reverse and steps < offsets.shape[0]:
             at = jnp.concatenate([at, of_rest(at[-1])])
-            sizes = jnp.concatenate([sizes, _largest(values[steps:], offsets[steps:])])
-        return Errors(at, sizes, prefix.last(at, reverse))
+            sizes = jnp.concatenate([sizes, each[steps:]])
+        return Errors(at, sizes, prefix.last(at, reverse), inside)
 
     return Found(values, errors)
 
@@ -425,24 +448,26 @@ class Fold:
         self.forms, self.dtype = chain.forms.closed(), dtype
         self.blocks = tuple((group.blocks, group.side) for group in chain.forms.before)
 
-    def identity(self, chunks: int) -> Affine:
+    def identity(self, chunks: int) -> tuple[Affine, Array]:
+        """Maps, and the largest exponent that each of their columns has had: (chunks, n)."""
         seeds = self.forms.seeds(self.dtype)
         columns = jnp.broadcast_to(seeds, (chunks, *seeds.shape))
         n = seeds.shape[1]
-        return Affine(_Columns(columns, self.blocks), jnp.zeros((chunks, n), jnp.int32), jnp.zeros((chunks, n), self.dtype))
+        none = jnp.zeros((chunks, n), jnp.int32)
+        return Affine(_Columns(columns, self.blocks), none, jnp.zeros((chunks, n), self.dtype)), none
 
-    def extend(self, step: tuple[Any, Array], maps: Affine) -> Affine:
-        data, offset = step
+    def extend(self, step: tuple[Any, Array], folded: tuple[Affine, Array]) -> tuple[Affine, Array]:
+        (data, offset), (maps, highest) = step, folded
         columns = jax.vmap(jax.vmap(self.one, (None, 0)))(data, maps.matrix.columns)
         assert maps.exponent is not None  # `identity` gave it
         matrix, exponent = affine.renormalised(_Columns(columns, self.blocks), maps.exponent)
-        return Affine(matrix, exponent, jax.vmap(self.one)(data, maps.offset) + offset)
+        return Affine(matrix, exponent, jax.vmap(self.one)(data, maps.offset) + offset), jnp.maximum(highest, exponent)
 
     def cross(self, step: tuple[Any, Array], vector: Array) -> Array:
-        data, offset = step
-        return (jax.vmap(self.one) if offset.ndim == 2 else self.one)(data, vector) + offset
+        return _affine(self.one, step, vector)
 
-    def explicit(self, maps: Affine) -> Affine:
+    def explicit(self, folded: tuple[Affine, Array]) -> Affine:
+        maps, _ = folded
         return Affine(self.forms.jacobian(maps.matrix.columns), maps.exponent, maps.offset)
 
 

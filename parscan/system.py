@@ -159,9 +159,10 @@ class Linearised:
 
     @property
     def roundoff(self) -> float:
-        """Of the coarsest arithmetic in a step, or of the states themselves."""
+        """Of the coarsest arithmetic between the states that enter and leave a step, or of these themselves."""
         stored = max((float(jnp.finfo(dtype).eps) for end in (self.before, self.after) for dtype in end.dtypes), default=0.0)
-        return max(stored, roundoff(self.program.jaxpr, jax.default_backend()))
+        carry = [self.program.num_consts + i for i in self._floats]
+        return max(stored, roundoff(self.program.jaxpr, carry, range(self.program.num_new), jax.default_backend()))
 
     def _by_pushing(self, linear: Callable[[Any, Array], Array], transposed: bool) -> Callable[[Any], Any]:
         """Stacked entries of data -> Jacobians, by pushing seeds through the steps, or pulling them."""
