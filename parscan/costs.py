@@ -29,8 +29,8 @@ from parscan.jacobians import BlockDiagonal, DirectSum, Jacobian, product
 from parscan.jaxprs import Program, flops, flops_on, obstacle
 from parscan.methods import Associative, Chunked, Lax, Method, Sequential, Travelling, Walk
 from parscan.proof import derivative
+from parscan.several import order_of_products, sides_and_blocks
 from parscan.structure import Forms, Structure, kind_name
-from parscan.sweep import order_of_products, sides_and_blocks
 
 STAGES = ("forming", "up-sweep", "down-sweep")
 

@@ -12,9 +12,10 @@ from jax import Array, lax
 
 from parscan import checks, guard, prefix
 from parscan.jacobians import BlockDiagonal, Dense, Diagonal, Jacobian
+from parscan.maps import Chain
 from parscan.methods import Chunked, Lax, Method, Sequential, Travelling, Tree, Walk, parse_method
 from parscan.structure import forms_of
-from parscan.sweep import Chain, judged, sweep, sweep_on
+from parscan.sweep import judged, sweep, sweep_on
 
 _RANK = {Dense: 2, Diagonal: 1, BlockDiagonal: 3}
 

@@ -17,8 +17,8 @@ from parscan.layout import blocks_in_words
 from parscan.methods import Associative, Chunked, Lax, Method, Sequential, Travelling, Tree, Walk
 from parscan.order import Order
 from parscan.report import Given, Plan
+from parscan.several import order_of_products
 from parscan.structure import Structure, blocks_of, kind_of, structures_of
-from parscan.sweep import order_of_products
 
 logger = logging.getLogger("parscan")
 

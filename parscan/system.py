@@ -29,9 +29,10 @@ from parscan.checks import is_inexact
 from parscan.guard import Check
 from parscan.jaxprs import Program, contracted, flops, masks_nothing, roundoff, staged
 from parscan.layout import Layout
+from parscan.maps import Chain
 from parscan.methods import Sequential, Travelling
 from parscan.structure import Structure
-from parscan.sweep import Chain, judged, sweep, sweep_on
+from parscan.sweep import judged, sweep, sweep_on
 
 
 class RunUnknowns(NamedTuple):
