@@ -70,7 +70,7 @@ class Parallel(Travelling):
 
     Args:
         guard: check on the device that what was found is finite and what one step after another gives, to half the digits, and take that where it is
-            not: `parscan.guard`. It is right wherever the sequential pass is, and costs a predicate; where a batch is sharded over devices, a
+            not: `parscan.guard`. What it leaves and what it costs: README, *Guard* and *Memory*; where a batch is sharded over devices, a
             collective of one byte.
     """
 

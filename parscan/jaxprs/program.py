@@ -206,11 +206,15 @@ def is_staged() -> bool:
 
 def slice_spec(leaf: Any) -> jax.ShapeDtypeStruct:
     """The abstract value of one step of a stacked leaf."""
-    sharding = None
-    if isinstance(leaf, jax.Array) and any(axis is not None for axis in jax.typeof(leaf).sharding.spec):  # over explicit mesh axes
-        sharding = jax.typeof(leaf).sharding
-        sharding = sharding.update(spec=jax.sharding.PartitionSpec(*sharding.spec[1:]))
-    return jax.ShapeDtypeStruct(np.shape(leaf)[1:], dtype_of(leaf), sharding=sharding, weak_type=getattr(leaf, "weak_type", False))
+    aval, more = jax.typeof(leaf) if isinstance(leaf, jax.Array) else None, {}
+    if aval is not None:
+        if (varying := getattr(aval, "mat", None)) is not None:  # over which axes of a `shard_map`, as JAX's releases call it
+            more = {} if varying.empty else {"manual_axis_type": varying}
+        elif getattr(aval, "vma", None):
+            more = {"vma": aval.vma}
+        if more or any(axis is not None for axis in aval.sharding.spec):  # over explicit mesh axes
+            more["sharding"] = aval.sharding.update(spec=jax.sharding.PartitionSpec(*aval.sharding.spec[1:]))
+    return jax.ShapeDtypeStruct(np.shape(leaf)[1:], dtype_of(leaf), weak_type=getattr(leaf, "weak_type", False), **more)
 
 
 def _fingerprint(jaxpr: AnyJaxpr, unfolded: frozenset[int] = frozenset()) -> Hashable:
