@@ -103,8 +103,8 @@ STEPS = {  # name: (step, state, shape of x, basis vectors that a step takes, ki
 
 
 def passes(step, method, structure="auto"):
-    """A reverse pass and a forward pass through a scan, and the engine's: functions of (state, xs). Without the guard, which pushes one vector more through some steps."""
-    method = parscan.Tree(guard=False) if method == "tree" else method
+    """A reverse pass and a forward pass through a scan, and the engine's: functions of (state, xs). Without the guard, which pushes a vector or two more through some steps."""
+    method = {"tree": parscan.Tree(guard=False), "walk": parscan.Walk(guard=False)}.get(method, method) if isinstance(method, str) else method
     options = {"method": method, "structure": structure}
     scanned = lambda state, xs: parscan.scan(lambda h, x: (step(h, x), None), state, xs, **options)[0]
     loss = lambda state, xs: sum(jnp.sum(leaf**2) for leaf in jax.tree.leaves(scanned(state, xs)))
@@ -132,7 +132,7 @@ def test_so_many_vectors_are_pushed_and_no_more(name):
     assert plan.kind == kind and plan._given.structures[0].along.pushes == plan._given.structures[0].against.pushes == count
     everywhere = dict.fromkeys(("reverse", "forward", "engine"), count)
     assert pushed(step, state, xs, "tree") == everywhere
-    assert vectors(passes(step, parscan.Walk(2))["reverse"], state, xs) == count * flat.size * L  # in two segments
+    assert vectors(passes(step, parscan.Walk(2, guard=False))["reverse"], state, xs) == count * flat.size * L  # in two segments
     entries = np.asarray(jax.jacobian(lambda flat: ravel_pytree(step(unravel(flat), xs[0]))[0])(flat)) != 0
     assert entries.sum(0).max() == entries.sum(1).max() == count
 
@@ -170,7 +170,7 @@ def test_as_many_are_pushed_by_rows_as_by_columns(name, monkeypatch):
     assert free and all(free) and next(ways) == 2 * len(free)
 
 
-@pytest.mark.parametrize("method", [parscan.Walk(7), parscan.Tree(guard=False)], ids=str)
+@pytest.mark.parametrize("method", [parscan.Walk(7, guard=False), parscan.Tree(guard=False)], ids=str)
 def test_layers_that_differ_are_each_pushed_what_they_need(method):
     """Bands of 1 and then of 2."""
     first, second, state = band(1, 1), band(2, 2), normal(24)

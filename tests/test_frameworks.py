@@ -346,6 +346,16 @@ for step in (rnn, lstm):
             "gap": gap(got, want),
             "kept": all(g.sharding.is_equivalent_to(a.sharding, a.ndim) for g, a in zip(got, args)),
         }
+
+# Inside a shard_map that keeps account of what varies.
+inside = lambda scan: jax.jit(jax.shard_map(gradient(scan, rnn), mesh=mesh, in_specs=specs, out_specs=specs))
+want = inside(jax.lax.scan)(*values)
+for method in ("auto", "sequential"):
+    found["inside " + method] = gap(inside(functools.partial(parscan.scan, method=method))(*values), want)
+try:
+    inside(functools.partial(parscan.scan, method="tree"))(*values)
+except ValueError as error:
+    found["inside tree"] = str(error)
 print(json.dumps(found))
 """
 
@@ -359,6 +369,15 @@ def sharded():
     return json.loads(done.stdout.splitlines()[-1])
 
 
+@pytest.mark.parametrize("method", ["auto", "sequential"])
+def test_inside_a_shard_map(method):
+    assert sharded()[f"inside {method}"] < 1e-6
+
+
+def test_inside_a_shard_map_what_is_asked_for_and_cannot_be_is_refused():
+    assert "`method=Tree()` cannot be used for this function" in sharded()["inside tree"]
+
+
 BY = ["auto", *(guard + method for guard in ("", "guarded ") for method in ("walk", "chunked", "tree"))]
 
 
@@ -369,4 +388,4 @@ def test_a_batch_over_eight_devices(step, method):
     assert got["gap"] < 1e-5
     assert got["kept"]
     assert set(got["collectives"]) == {"all-reduce"}
-    assert len(got["collectives"]) == len(want["collectives"]) + method.startswith("guarded")
+    assert len(got["collectives"]) == len(want["collectives"]) + {"guarded chunked": 2}.get(method, method.startswith("guarded"))

@@ -199,6 +199,59 @@ def test_one_branch_under_vmap(method):
     assert bool(loops) == (method != "tree") and all(eqn.params["cond_jaxpr"].out_avals[0].shape == () for eqn in loops)
 
 
+PROMISED = 3e-3  # half of the digits
+READ = jnp.asarray([0.1, -0.1, 0.3, -0.3], jnp.float32)  # of four that the mean has no part in
+BETWEEN = [*METHODS.values(), parscan.Chunked(16), parscan.Chunked(16, levels=0), parscan.Chunked(16, segment=48), parscan.Tree(segment=25), parscan.Walk(7)]
+
+
+def means(grown, kept, read=READ):
+    """The gradient in what is added at every step, where the mean grows, and is now and then set to zero; with `lax.scan` and by a method."""
+
+    def step(h, some):
+        grow, keep, new = some
+        h = h * keep + new
+        return h + grow * h.mean(), None
+
+    def gradient(scan):
+        last = lambda new: scan(step, jnp.zeros(4, jnp.float32), (grown, kept, new))[0]
+        return jax.jit(jax.grad(lambda new: jnp.dot(last(new), read)))(jnp.zeros((len(grown), 4), jnp.float32))
+
+    return gradient
+
+
+ones = lambda count: jnp.ones(count, jnp.float32)
+MEANS = {
+    "and a reset inside a chunk of 16": means((0 * ones(64)).at[16:48].set(0.9), ones(64).at[17].set(0)),
+    "and a reset inside eight steps": means((0 * ones(33)).at[11:25].set(2.4), ones(33).at[10].set(0)),
+    "of numbers close to the smallest": means(0.4 * ones(48), ones(48), 1e-34 * READ),
+}
+
+
+@pytest.mark.parametrize("method", BETWEEN, ids=repr)
+@pytest.mark.parametrize("name", MEANS)
+def test_growth_of_the_mean(name, method):
+    got, want = (MEANS[name](functools.partial(parscan.scan, method=one)) for one in (method, "lax"))
+    np.testing.assert_allclose(got, want, rtol=PROMISED)
+
+
+@pytest.mark.parametrize("method", [*BETWEEN, "auto"], ids=repr)
+def test_a_decay_behind_growth(method):
+    """Inside the journey's last chunk: the largest vector there is not what the last one is compared with."""
+    grown, kept = (0 * ones(32)).at[16:].set(0.3), ones(32).at[:16].set(0.5)
+    step = lambda h, some: ((h - h.mean()) * some[1] + h.mean() * (1 + some[0]), None)
+    gradient = lambda method: jax.grad(lambda h: jnp.dot(parscan.scan(step, h, (grown, kept), method=method)[0], READ))(jnp.zeros(4, jnp.float32))
+    np.testing.assert_allclose(gradient(method), gradient("lax"), rtol=PROMISED)
+
+
+@pytest.mark.parametrize("method", [*BETWEEN, "auto"], ids=repr)
+def test_a_redundant_total(method):
+    """The third row is the sum of the others, exactly in the step and not in its Jacobian: what is not zero there is rounding, from the first step on."""
+    into, out = (jnp.asarray(m, jnp.float32) for m in ([[3, 1, -2], [1, -2, 4], [2, 5, 1]], [[1, 2, 3], [4, -1, 2], [5, 1, 5]]))
+    xs = jnp.asarray(np.random.default_rng(1).standard_normal((40, 2, 3)), jnp.float32)
+    last = lambda xs: parscan.scan(lambda h, x: (((h @ into.T) * x * 0.2) @ out.T, None), jnp.ones((2, 3), jnp.float32), xs, method=method)[0]
+    assert not jnp.any(jax.grad(lambda xs: jnp.sum(last(xs) @ jnp.asarray([1, 1, -1], jnp.float32)))(xs))
+
+
 # --- how finely a step rounds ------------------------------------------------------------------------------------------------------------
 
 WIDE = single(np.random.default_rng(0).standard_normal((16, 16)) / 8)
