@@ -25,6 +25,24 @@ from parscan.layout import Group
 FALLBACK = "parscan_one_after_another"  # its name in programs and profiles
 
 
+class Rounding(NamedTuple):
+    """How vectors are rounded on a journey.
+
+    epsilon: distance from 1 to the next number in the coarsest precision that a map computes in, which may be less than its vectors have.
+    least: what the vectors' own precision hardly tells from zero.
+    stored: vectors -> the same as their own precision holds them.
+    """
+
+    epsilon: float
+    least: float
+    stored: Callable[[Array], Array] = lambda vectors: vectors
+
+    @property
+    def share(self) -> float:
+        """How much of a vector an error may be: half the digits, at most a quarter."""
+        return min(8 * math.sqrt(self.epsilon), 0.25)
+
+
 class Inside(NamedTuple):
     """Of the errors between places, what is known without following them.
 
@@ -71,39 +89,36 @@ class Check(NamedTuple):
     error: Any
 
 
-def is_sound(values: Array, errors: Errors | None, groups: Sequence[Group], epsilon: float, reverse: bool) -> Array:
+def is_sound(values: Array, errors: Errors | None, groups: Sequence[Group], rounding: Rounding, reverse: bool) -> Array:
     """Whether all is finite, and every error within half the digits of its block's vector, at most a quarter. A bool, one for a whole batch.
 
     A block of a single coordinate is compared with the largest that it has been on the journey: sums of a product and an offset cancel by chance now and then.
-
-    epsilon: of the precision that the maps are computed in.
     """
     good = jnp.isfinite(values).all()
     if errors is not None:
-        share = min(8 * math.sqrt(epsilon), 0.25)
-        good &= _within(errors.at, errors.size, groups, share, reverse)
+        good &= _within(errors.at, errors.size, groups, rounding, reverse)
         if errors.inside is not None:
-            good &= _within_inside(errors.inside, groups, share, reverse)
+            good &= _within_inside(errors.inside, groups, rounding, reverse)
     return _everywhere(good)
 
 
-def _within(at: Array, size: Array, groups: Sequence[Group], share: float, reverse: bool) -> Array:
-    good, nothing = jnp.ones((), bool), 64 * jnp.finfo(at.dtype).tiny
+def _within(at: Array, size: Array, groups: Sequence[Group], rounding: Rounding, reverse: bool) -> Array:
+    good = jnp.ones((), bool)
     for error, some, group in zip(_by_block(jnp.abs(at), groups), _by_block(size, groups), groups, strict=True):
         some = lax.cummax(some, reverse=reverse) if group.side == 1 else some
-        good &= (error <= share * some + nothing).all()
+        good &= (error <= rounding.share * some + rounding.least).all()
     return good
 
 
-def _within_inside(inside: Inside, groups: Sequence[Group], share: float, reverse: bool) -> Array:
+def _within_inside(inside: Inside, groups: Sequence[Group], rounding: Rounding, reverse: bool) -> Array:
     """Errors are followed only where they might be too large for the smallest vector, zeros apart, of those inside."""
-    (m, s, p), calm, nothing = inside.sizes.shape, jnp.ones((), bool), 64 * jnp.finfo(inside.sizes.dtype).tiny
+    (m, s, p), calm = inside.sizes.shape, jnp.ones((), bool)
     sizes = inside.sizes.reshape(m * s, p)
     for most, some, group in zip(_by_block(inside.most, groups), _by_block(sizes, groups), groups, strict=True):
         some = lax.cummax(some, reverse=reverse) if group.side == 1 else some
         least = jnp.where(some == 0, jnp.inf, some).reshape(m, s, -1).min(1)
-        calm &= (group.side * most <= share * least + nothing).all()
-    return lax.cond(_everywhere(calm), lambda: jnp.ones((), bool), lambda: _within(inside.follow(), sizes, groups, share, reverse))
+        calm &= (group.side * most <= rounding.share * least + rounding.least).all()
+    return lax.cond(_everywhere(calm), lambda: jnp.ones((), bool), lambda: _within(inside.follow(), sizes, groups, rounding, reverse))
 
 
 def _by_block(x: Array, groups: Sequence[Group]) -> list[Array]:

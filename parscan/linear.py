@@ -108,8 +108,9 @@ def _chain(A: Jacobian, count: int) -> Chain:
             return jnp.zeros((count, 0)), lambda data: jax.tree.map(lambda x: x[None], A)
         return A, lambda some: some
 
-    epsilon = float(jnp.finfo(jax.tree.leaves(A)[0].dtype).eps)
-    return Chain(lambda: _entries(A, count), lambda: _entries(A, count), forming, forms_of(A), _is_shared(A), epsilon)
+    info = jnp.finfo(jax.tree.leaves(A)[0].dtype)
+    rounding = guard.Rounding(float(info.eps), 64 * float(info.tiny))
+    return Chain(lambda: _entries(A, count), lambda: _entries(A, count), forming, forms_of(A), _is_shared(A), rounding)
 
 
 def _is_shared(A: Jacobian) -> bool:

@@ -11,6 +11,7 @@ from jax import Array
 
 from parscan import prefix
 from parscan.affine import Affine
+from parscan.guard import Rounding
 from parscan.jacobians import Jacobian
 from parscan.structure import Forms
 
@@ -23,7 +24,7 @@ class Chain(NamedTuple):
     forming: () -> (data with leading axis L, map of stacked entries of data to their Jacobians, stacked).
     forms: of the Jacobians, in the direction of travel; the vectors before and after a map have different lengths only if L is 1.
     same: all maps are one.
-    epsilon: distance from 1 to the next number in the precision in which a map is computed, which may be less than its vectors have.
+    rounding: of the maps, and of the vectors that leave them.
     """
 
     crossing: Callable[[], tuple[Any, Callable[[Any, Array], Array]]]
@@ -31,7 +32,7 @@ class Chain(NamedTuple):
     forming: Callable[[], tuple[Any, Callable[[Any], Jacobian]]]
     forms: Forms
     same: bool
-    epsilon: float
+    rounding: Rounding
 
 
 def crossed(chain: Chain, start: Array, offsets: Array, reverse: bool) -> Array:
@@ -57,7 +58,7 @@ def defects_of(chain: Chain, start: Array, offsets: Array, values: Array, revers
     """How far each value is from what its own step makes of the one before. A single map may change the width."""
     before = start[None] if values.shape[0] == 1 else prefix.entering(prefix.boundaries(start, values, reverse), reverse)
     data, cross = chain.stepping()
-    return values - (jax.vmap(cross)(data, before) + offsets)
+    return chain.rounding.stored(values) - chain.rounding.stored(jax.vmap(cross)(data, before) + offsets)
 
 
 def largest(values: Array, offsets: Array) -> Array:

@@ -148,7 +148,8 @@ class Leg(NamedTuple):
     def defects(self, formed: bool) -> Array:
         """How far what leaves each map is from what its steps make of what enters."""
         if self.size > 1:
-            return self.told - ends_of(self.steps, self.size, self.reverse)
+            stored = self.chain.rounding.stored
+            return stored(self.told) - stored(ends_of(self.steps, self.size, self.reverse))
         return defects_of(self.chain, self.start, self.offsets, self.told, self.reverse) if formed else jnp.zeros_like(self.told)
 
     def stack_of(self, maps: Affine | None, defects: Array) -> prefix.Stack:

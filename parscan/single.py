@@ -67,13 +67,15 @@ def _errors_of_tree(chain: Chain, start: Array, values: Array, maps: Affine, mad
         before = prefix.entering(prefix.boundaries(start, ends, reverse), reverse)
         return prefix.unfold((steps[0], offsets), before, size=size, cross=partial(stepped, one), reverse=reverse)
 
-    at = told - unfolded(steps[1], start, ends)
+    stored = chain.rounding.stored
+    at = stored(told) - stored(unfolded(steps[1], start, ends))
     made = prefix.again(prefix.Upsweep(rounds, None), rounds[0]._replace(offset=ends_of(at, size, reverse)), affine.renewed, reverse=reverse)
     errors = prefix.downsweep(made, error, affine.apply, reverse=reverse)
     at += unfolded(jnp.zeros_like(told), error, errors)
     if rest:
         behind = prefix.walk(others, prefix.last(ends, reverse) - prefix.last(errors, reverse), partial(stepped, one), reverse=reverse)
-        at = jnp.concatenate([left - behind, at] if reverse else [at, left - behind])
+        off = stored(left) - stored(behind)
+        at = jnp.concatenate([off, at] if reverse else [at, off])
     return Errors(at, largest(values, maps.offset), prefix.last(at, reverse))
 
 
@@ -114,10 +116,13 @@ def _chunked(chain: Chain, start: Array, offsets: Array, size: int, levels: int 
     def errors(error):
         if steps == 0:
             return _errors_of_steps(chain, values, offsets, reverse, error)
+        stored, rest = chain.rounding.stored, None
         if reverse and steps < offsets.shape[0] and error is not None:  # the rest comes first
-            error = prefix.last(of_rest(error), reverse)
+            rest = of_rest(error)
+            error = prefix.last(rest, reverse)
         error = jnp.zeros_like(start) if error is None else error
-        some = prefix.again(made, maps._replace(offset=told - ends_of(values[:steps], size, reverse)), affine.renewed, reverse=reverse)
+        defects = stored(told) - stored(ends_of(values[:steps], size, reverse))
+        some = prefix.again(made, maps._replace(offset=defects), affine.renewed, reverse=reverse)
         at = prefix.downsweep(some, error, affine.apply, reverse=reverse)
         before = prefix.entering(prefix.boundaries(error, at, reverse), reverse)
         most, each = exponents.scaled(jnp.abs(before), highest), largest(values, offsets)
@@ -129,8 +134,9 @@ def _chunked(chain: Chain, start: Array, offsets: Array, size: int, levels: int 
         sizes = each[:steps].reshape(-1, size, each.shape[1])
         inside, sizes = guard.Inside(most, sizes, follow), sizes.max(1)
         if not reverse and steps < offsets.shape[0]:
-            at = jnp.concatenate([at, of_rest(at[-1])])
-            sizes = jnp.concatenate([sizes, each[steps:]])
+            rest = of_rest(at[-1])
+        if rest is not None:
+            at, sizes = jnp.concatenate([at, rest]), jnp.concatenate([sizes, each[steps:]])
         return Errors(at, sizes, prefix.last(at, reverse), inside)
 
     return Found(values, errors)

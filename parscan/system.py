@@ -26,7 +26,7 @@ from jax import Array, lax
 
 from parscan import guard, prefix
 from parscan.checks import is_inexact
-from parscan.guard import Check
+from parscan.guard import Check, Rounding
 from parscan.jaxprs import Program, contracted, flops, masks_nothing, roundoff, staged
 from parscan.layout import Layout
 from parscan.maps import Chain
@@ -155,8 +155,16 @@ class Linearised:
             return data, form if way == transposed else lambda data: form(data).transpose()
 
         stepping = self.data, self.pull if transposed else self.push
-        forms, same = self.structure.forms(transposed=transposed), self.structure.same
-        return Chain(lambda: self.crossing(transposed=transposed), lambda: stepping, cheaper, forms, same, self.roundoff)
+        forms, rounding = self.structure.forms(transposed=transposed), self._rounding(self.before if transposed else self.after)
+        return Chain(lambda: self.crossing(transposed=transposed), lambda: stepping, cheaper, forms, self.structure.same, rounding)
+
+    def _rounding(self, leaving: Layout) -> Rounding:
+        """Of vectors that leave the steps."""
+        coarser = [dtype for dtype in leaving.dtypes if dtype != leaving.dtype]
+        # Half precision has few numbers close to zero, bfloat16 as many as single precision.
+        least = max((16 * float(jnp.finfo(dtype).smallest_subnormal) for dtype in coarser if jnp.finfo(dtype).minexp > -100), default=0.0)
+        rounding = Rounding(self.roundoff, max(least, 64 * float(jnp.finfo(leaving.dtype).tiny)))
+        return rounding._replace(stored=lambda vectors: leaving.to_vector(leaving.from_vector(vectors))) if coarser else rounding
 
     @property
     def roundoff(self) -> float:

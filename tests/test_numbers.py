@@ -14,6 +14,7 @@ from jax import lax
 from support import assert_close, equations
 
 import parscan
+from parscan import guard
 from parscan.jaxprs import roundoff
 
 # --- what a precision can hold and products of it cannot: tests/finiteness.py --------------------------------------------------------
@@ -232,6 +233,43 @@ MEANS = {
 def test_growth_of_the_mean(name, method):
     got, want = (MEANS[name](functools.partial(parscan.scan, method=one)) for one in (method, "lax"))
     np.testing.assert_allclose(got, want, rtol=PROMISED)
+
+
+@pytest.mark.parametrize("way", ["grad", "jvp in reverse"])
+def test_growth_in_the_rest_of_a_segment(way):
+    """Where the steps that fill no chunk come first in the journey, an error that arrives grows in them, and a reset hides it."""
+    grown, kept = (0 * ones(46)).at[31:39].set(1).at[16:23].set(15), ones(46)
+    gradient, kept_back = means(grown, kept.at[16].set(0)), kept.at[15].set(0)
+
+    def step(h, some):
+        h = h * some[1] + some[0] * (h * some[1]).mean()
+        return h, h
+
+    def tangents(scan):
+        return jax.jvp(lambda h: scan(step, h, (grown, kept_back), reverse=True)[1], (0 * READ,), (READ,))[1]
+
+    of = gradient if way == "grad" else tangents
+    got, want = (of(functools.partial(parscan.scan, method=method)) for method in (parscan.Chunked(8, segment=23), "lax"))
+    np.testing.assert_allclose(got, want, rtol=PROMISED)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_carry_in_half_precision_is_compared_as_it_is_stored(monkeypatch, method):
+    """Through padding a vector stays as it is, and rounding it to the carry's precision at every step is no error that adds up."""
+    judged, is_sound = [], guard.is_sound
+    weights = jnp.asarray(np.random.default_rng(0).standard_normal((8, 8)) / 2.5, jnp.bfloat16)
+    step = lambda h, real: (jnp.where(real, jnp.tanh(h @ weights), h), None)
+
+    def seen(*given):
+        good = is_sound(*given)
+        jax.debug.callback(lambda good: judged.append(bool(good)), good)
+        return good
+
+    monkeypatch.setattr(guard, "is_sound", seen)
+    last = lambda h: parscan.scan(step, h, jnp.arange(520) >= 500, method=METHODS[method])[0]
+    jax.grad(lambda h: jnp.sum(last(h)).astype(jnp.float32))(jnp.full((2, 8), 0.3, jnp.bfloat16))
+    jax.effects_barrier()
+    assert judged and all(judged)
 
 
 @pytest.mark.parametrize("method", [*BETWEEN, "auto"], ids=repr)
