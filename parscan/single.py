@@ -8,10 +8,10 @@ from typing import Any
 import jax.numpy as jnp
 from jax import Array
 
-from parscan import affine, exponents, guard, prefix
+from parscan import affine, exponents, prefix
 from parscan.affine import Affine
 from parscan.folding import Fold
-from parscan.guard import Errors, Found
+from parscan.guard import Errors, Found, Inside
 from parscan.jacobians import closed
 from parscan.maps import Chain, crossed, defects_of, ends_of, formed, largest, stepped
 from parscan.methods import Associative, Chunked, Method, Tree, Walk
@@ -24,7 +24,7 @@ def through_one(chain: Chain, start: Array, offsets: Array, method: Method, reve
         values = crossed(chain, start, offsets, reverse)
         return Found(values, partial(_errors_of_steps, chain, values, offsets, reverse))
     if isinstance(method, Chunked):
-        return _chunked(chain, start, offsets, method.size or 1, method.levels, method.guard, reverse)
+        return _Chunked(chain, offsets, method, reverse).found(start)
     maps, upswept = formed(chain, offsets), partial(prefix.upsweep, then=affine.then, reverse=reverse)
     if isinstance(method, Walk):
         values = prefix.walk(maps, start, affine.apply, reverse=reverse)
@@ -91,52 +91,58 @@ def _closed(maps: Affine) -> Affine:
     return maps._replace(matrix=closed(maps.matrix))
 
 
-def _chunked(chain: Chain, start: Array, offsets: Array, size: int, levels: int | None, checked: bool, reverse: bool) -> Found:
-    """fold -> scan -> unfold."""
-    fold, steps = Fold(chain, offsets.dtype), offsets.shape[0] // size * size
-    maps: Any = None
-    made: Any = None
-    told: Any = None
-    highest: Any = None
+class _Chunked:
+    """fold -> scan -> unfold, and the errors of that."""
 
-    def through(chunks, start):
-        nonlocal maps, made, told, highest
-        maps, highest = fold.explicit(chunks), chunks[1]
-        made = prefix.upsweep(maps, affine.then, reverse=reverse, levels=levels)
-        told = prefix.downsweep(made, start, affine.apply, reverse=reverse)
-        return told
+    def __init__(self, chain: Chain, offsets: Array, method: Chunked, reverse: bool):
+        self.chain, self.offsets, self.reverse = chain, offsets, reverse
+        self.size, self.levels, self.checked = method.size or 1, method.levels, method.guard
+        self.fold, self.steps = Fold(chain, offsets.dtype), offsets.shape[0] // self.size * self.size  # in whole chunks
+        self.has_rest = self.steps < offsets.shape[0]
+        self.maps: Any = None
+        self.highest: Any = None
+        self.made: Any = None
+        self.told: Any = None
 
-    given = {"size": size, "identity": fold.identity, "extend": fold.extend, "cross": fold.cross, "reverse": reverse}
-    values = prefix.chunked((fold.data, offsets), start, through=through, every=checked, **given)
+    def found(self, start: Array) -> Found:
+        fold, steps = self.fold, (self.fold.data, self.offsets)
+        options = {"size": self.size, "cross": fold.cross, "through": self._through, "reverse": self.reverse, "every": self.checked}
+        values = prefix.chunked(steps, start, identity=fold.identity, extend=fold.extend, **options)
+        return Found(values, partial(self._errors, start, values))
 
-    def of_rest(error):
-        some, none = prefix.take(fold.data, slice(steps, None)), jnp.zeros_like(offsets[steps:])
-        return prefix.walk((some, none), error, fold.cross, reverse=reverse)
+    def _through(self, chunks: Any, start: Array) -> Array:
+        self.maps, self.highest = self.fold.explicit(chunks), chunks[1]
+        self.made = prefix.upsweep(self.maps, affine.then, reverse=self.reverse, levels=self.levels)
+        self.told = prefix.downsweep(self.made, start, affine.apply, reverse=self.reverse)
+        return self.told
 
-    def errors(error):
-        if steps == 0:
-            return _errors_of_steps(chain, values, offsets, reverse, error)
-        stored, rest = chain.rounding.stored, None
-        if reverse and steps < offsets.shape[0] and error is not None:  # the rest comes first
-            rest = of_rest(error)
-            error = prefix.last(rest, reverse)
-        error = jnp.zeros_like(start) if error is None else error
-        defects = stored(told) - stored(ends_of(values[:steps], size, reverse))
-        some = prefix.again(made, maps._replace(offset=defects), affine.renewed, reverse=reverse)
-        at = prefix.downsweep(some, error, affine.apply, reverse=reverse)
-        before = prefix.entering(prefix.boundaries(error, at, reverse), reverse)
-        most, each = exponents.scaled(jnp.abs(before), highest), largest(values, offsets)
-
-        def follow():
-            still = fold.data if steps == offsets.shape[0] else prefix.take(fold.data, slice(None, steps))
-            return prefix.unfold((still, jnp.zeros_like(offsets[:steps])), before, size=size, cross=fold.cross, reverse=reverse)
-
-        sizes = each[:steps].reshape(-1, size, each.shape[1])
-        inside, sizes = guard.Inside(most, sizes, follow), sizes.max(1)
-        if not reverse and steps < offsets.shape[0]:
-            rest = of_rest(at[-1])
+    def _errors(self, start: Array, values: Array, error: Array | None) -> Errors | None:
+        if self.steps == 0:
+            return _errors_of_steps(self.chain, values, self.offsets, self.reverse, error)
+        rest = None
+        if self.reverse and self.has_rest and error is not None:  # the rest comes first
+            rest = self._of_rest(error)
+            error = prefix.last(rest, self.reverse)
+        error, stored = jnp.zeros_like(start) if error is None else error, self.chain.rounding.stored
+        defects = stored(self.told) - stored(ends_of(values[: self.steps], self.size, self.reverse))
+        made = prefix.again(self.made, self.maps._replace(offset=defects), affine.renewed, reverse=self.reverse)
+        at = prefix.downsweep(made, error, affine.apply, reverse=self.reverse)
+        before, each = prefix.entering(prefix.boundaries(error, at, self.reverse), self.reverse), largest(values, self.offsets)
+        most, sizes = exponents.scaled(jnp.abs(before), self.highest), each[: self.steps].reshape(-1, self.size, each.shape[1])
+        inside, sizes = Inside(most, sizes, partial(self._follow, before)), sizes.max(1)
+        if not self.reverse and self.has_rest:
+            rest = self._of_rest(at[-1])
         if rest is not None:
-            at, sizes = jnp.concatenate([at, rest]), jnp.concatenate([sizes, each[steps:]])
-        return Errors(at, sizes, prefix.last(at, reverse), inside)
+            at, sizes = jnp.concatenate([at, rest]), jnp.concatenate([sizes, each[self.steps :]])
+        return Errors(at, sizes, prefix.last(at, self.reverse), inside)
 
-    return Found(values, errors)
+    def _still(self, part: slice) -> tuple[Any, Array]:
+        """Some of the steps, without their offsets."""
+        return prefix.take((self.fold.data, jnp.zeros_like(self.offsets)), part)
+
+    def _of_rest(self, error: Array) -> Array:
+        return prefix.walk(self._still(slice(self.steps, None)), error, self.fold.cross, reverse=self.reverse)
+
+    def _follow(self, before: Array) -> Array:
+        """The errors of all steps, from the one that enters each chunk."""
+        return prefix.unfold(self._still(slice(None, self.steps)), before, size=self.size, cross=self.fold.cross, reverse=self.reverse)
