@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from parscan import affine, exponents
+from parscan import affine, exponents, prefix
 from parscan.affine import Affine
 from parscan.jacobians import split
 from parscan.maps import Chain, stepped
@@ -41,6 +41,11 @@ class Fold:
 
     def cross(self, step: tuple[Any, Array], vector: Array) -> Array:
         return stepped(self.one, step, vector)
+
+    def follow(self, steps: tuple[Any, Array], before: Array, size: int, reverse: bool) -> Array:
+        """What leaves every step, were there no offsets, from the vector that enters each chunk of `size` steps."""
+        data, offsets = steps
+        return prefix.unfold((data, jnp.zeros_like(offsets)), before, size=size, cross=self.cross, reverse=reverse)
 
     def explicit(self, folded: tuple[Affine, Array]) -> Affine:
         maps, _ = folded

@@ -59,15 +59,13 @@ class Inside(NamedTuple):
 class Errors(NamedTuple):
     """At some places of a journey, how far the vector is from where one map after another takes it.
 
-    at: (m, p).
+    at: (m, p), the last of them at the end of the journey.
     size: (m, p), the largest entries of vectors and offsets since the place before.
-    end: (p,), at the end of the journey.
     inside: between the places, if not all of the journey is among them.
     """
 
     at: Array
     size: Array
-    end: Array
     inside: Inside | None = None
 
 
@@ -78,7 +76,7 @@ class Found(NamedTuple):
     """
 
     values: Array
-    errors: Callable[[Array | None], Errors | None] = lambda _: None
+    errors: Callable[[Array | None], Errors | None]
 
 
 class Check(NamedTuple):
@@ -94,7 +92,7 @@ def is_sound(values: Array, errors: Errors | None, groups: Sequence[Group], roun
 
     A block of a single coordinate is compared with the largest that it has been on the journey: sums of a product and an offset cancel by chance now and then.
     """
-    good = jnp.isfinite(values).all()
+    good, groups = jnp.isfinite(values).all(), [group for group in groups if group.size]
     if errors is not None:
         good &= _within(errors.at, errors.size, groups, rounding, reverse)
         if errors.inside is not None:
@@ -104,8 +102,7 @@ def is_sound(values: Array, errors: Errors | None, groups: Sequence[Group], roun
 
 def _within(at: Array, size: Array, groups: Sequence[Group], rounding: Rounding, reverse: bool) -> Array:
     good = jnp.ones((), bool)
-    for error, some, group in zip(_by_block(jnp.abs(at), groups), _by_block(size, groups), groups, strict=True):
-        some = lax.cummax(some, reverse=reverse) if group.side == 1 else some
+    for error, some in zip(_by_block(jnp.abs(at), groups), _sizes(size, groups, reverse), strict=True):
         good &= (error <= rounding.share * some + rounding.least).all()
     return good
 
@@ -114,19 +111,22 @@ def _within_inside(inside: Inside, groups: Sequence[Group], rounding: Rounding, 
     """Errors are followed only where they might be too large for the smallest vector, zeros apart, of those inside."""
     (m, s, p), calm = inside.sizes.shape, jnp.ones((), bool)
     sizes = inside.sizes.reshape(m * s, p)
-    for most, some, group in zip(_by_block(inside.most, groups), _by_block(sizes, groups), groups, strict=True):
-        some = lax.cummax(some, reverse=reverse) if group.side == 1 else some
+    for most, some, group in zip(_by_block(inside.most, groups), _sizes(sizes, groups, reverse), groups, strict=True):
         least = jnp.where(some == 0, jnp.inf, some).reshape(m, s, -1).min(1)
         calm &= (group.side * most <= rounding.share * least + rounding.least).all()
     return lax.cond(_everywhere(calm), lambda: jnp.ones((), bool), lambda: _within(inside.follow(), sizes, groups, rounding, reverse))
+
+
+def _sizes(size: Array, groups: Sequence[Group], reverse: bool) -> list[Array]:
+    """What errors in each block are compared with: (m, p) -> of each group (m, blocks)."""
+    return [lax.cummax(some, reverse=reverse) if group.side == 1 else some for some, group in zip(_by_block(size, groups), groups, strict=True)]
 
 
 def _by_block(x: Array, groups: Sequence[Group]) -> list[Array]:
     """Of each group, the largest entry of every block: (m, p) -> (m, blocks). NaN where there is one."""
     found, start = [], 0
     for group in groups:
-        part = x[:, start : start + group.size].reshape(x.shape[0], group.blocks, group.side)
-        found.append(part.max(-1) if group.size else part[..., 0:0].reshape(x.shape[0], 0))
+        found.append(x[:, start : start + group.size].reshape(x.shape[0], group.blocks, group.side).max(-1))
         start += group.size
     return found
 

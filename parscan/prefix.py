@@ -40,6 +40,13 @@ def take(tree: Any, index: Any) -> Any:
     return jax.tree.map(lambda x: x[index] if x.shape[0] != 1 else x if isinstance(index, slice) else x[0], tree)
 
 
+def apart(maps: Maps, rest: int, reverse: bool) -> tuple[Maps, Maps]:
+    """All but the journey's last `rest` maps, and these."""
+    count = length(maps)
+    whole, others = (slice(rest, count), slice(0, rest)) if reverse else (slice(0, count - rest), slice(count - rest, count))
+    return take(maps, whole), take(maps, others)
+
+
 def expanded(maps: Maps) -> Maps:
     """The same maps with what is the same for all written out for each."""
     count = length(maps)
@@ -142,7 +149,7 @@ def upsweep(maps: Maps, then: Then, *, reverse: bool = False, levels: int | None
     count = length(maps)
     if count % 2 or count == 0 or levels == 0:
         return Upsweep(up(maps, then, reverse=reverse, levels=levels), None)
-    rest, last = take(maps, slice(1, None) if reverse else slice(None, -1)), take(maps, slice(None, 1) if reverse else slice(-1, None))
+    rest, last = apart(maps, 1, reverse)
     return Upsweep(up(rest, then, reverse=reverse, levels=levels), last)
 
 
@@ -156,10 +163,7 @@ def downsweep(made: Upsweep, start: Value, apply: Apply, *, reverse: bool = Fals
 
 def again(made: Upsweep, maps: Maps, renew: Renew, *, reverse: bool = False) -> Upsweep:
     """The same upsweep over maps of which only the offsets are others."""
-    known, count = iter(made.rounds[1:]), length(made.rounds[0])
-    rest = maps if made.last is None else take(maps, slice(1, None) if reverse else slice(None, -1))
-    last = None if made.last is None else take(maps, slice(None, 1) if reverse else slice(-1, None))
-    assert length(rest) == count
+    known, (rest, last) = iter(made.rounds[1:]), (maps, None) if made.last is None else apart(maps, 1, reverse)
     return Upsweep(up(rest, lambda second, first: renew(next(known), second, first), reverse=reverse, levels=len(made.rounds) - 1), last)
 
 

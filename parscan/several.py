@@ -43,11 +43,12 @@ def through_order(journey: list[tuple[Chain, Array]], start: Array, method: Meth
         error, left, found = jnp.zeros_like(legs[0].start), iter(legs), []
         for one in folded:
             parts = []
-            for leg, told in zip([next(left) for _ in one.stacks], at, strict=False):
-                parts.append((leg.followed(one, error, told), largest(leg.steps, leg.offsets)))
+            for bounds in one.bounds:
+                leg, told = next(left), next(at)
+                parts.append((one.followed(bounds, error, told), largest(leg.steps, leg.offsets)))
                 error = prefix.last(told, reverse)
             at_steps, sizes = (one.together(list(part)) for part in zip(*parts, strict=True))
-            found.append(Errors(at_steps, sizes, error))
+            found.append(Errors(at_steps, sizes))
         return found
 
     # those of the chains before are among them
@@ -125,6 +126,14 @@ class Folded:
             start = prefix.last(steps, self.reverse)
         return found
 
+    def followed(self, bounds: tuple[int, int], error: Array, told: Array) -> Array:
+        """The errors of all steps of a stack, from the one that enters and those of its maps."""
+        size = min(self.size, bounds[1] - bounds[0])
+        if size == 1:
+            return told
+        before = prefix.entering(prefix.boundaries(error, told, self.reverse), self.reverse)
+        return self.fold.follow(self._steps(*bounds), before, size, self.reverse)
+
     def together(self, parts: list[Array]) -> Array:
         """Of the chain, from what there is of each stack."""
         return jnp.concatenate(parts[:: -1 if self.reverse else 1])
@@ -157,11 +166,3 @@ class Leg(NamedTuple):
         assert maps is not None or self.stack.cross is not None
         cross = None if self.stack.cross is None else lambda error: crossed(self.chain, error, defects, self.reverse)
         return prefix.Stack(self.stack.count, lambda: maps._replace(offset=defects) if maps else None, cross)
-
-    def followed(self, folded: Folded, error: Array, told: Array) -> Array:
-        """The errors of all steps, from the one that enters and those of the maps."""
-        if self.size == 1:
-            return told
-        before = prefix.entering(prefix.boundaries(error, told, self.reverse), self.reverse)
-        still = self.chain.crossing()[0], jnp.zeros_like(self.offsets)
-        return prefix.unfold(still, before, size=self.size, cross=folded.fold.cross, reverse=self.reverse)

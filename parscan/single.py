@@ -44,14 +44,14 @@ def _errors_of_steps(chain: Chain, values: Array, offsets: Array, reverse: bool,
     if error is None:
         return None
     at = crossed(chain, error, jnp.zeros_like(offsets), reverse)
-    return Errors(at, largest(values, offsets), prefix.last(at, reverse))
+    return Errors(at, largest(values, offsets))
 
 
 def _errors_of_walk(chain: Chain, start: Array, values: Array, maps: Affine, reverse: bool, error: Array | None) -> Errors:
     """Of maps that were written down and taken one after another: their entries are rounded, where a step itself may cancel exactly."""
     defects = maps._replace(offset=defects_of(chain, start, maps.offset, values, reverse))
     at = prefix.walk(defects, jnp.zeros_like(start) if error is None else error, affine.apply, reverse=reverse)
-    return Errors(at, largest(values, maps.offset), prefix.last(at, reverse))
+    return Errors(at, largest(values, maps.offset))
 
 
 def _errors_of_tree(chain: Chain, start: Array, values: Array, maps: Affine, made: prefix.Upsweep, reverse: bool, error: Array | None) -> Errors:
@@ -60,7 +60,7 @@ def _errors_of_tree(chain: Chain, start: Array, values: Array, maps: Affine, mad
     rounds, size, error = made.rounds[level:], 2**level, jnp.zeros_like(start) if error is None else error
     rest = values.shape[0] - size * prefix.length(rounds[0])  # at the end of the journey
     data, one = chain.stepping()
-    (steps, others), (told, left) = (_apart(some, rest, reverse) for some in ((data, maps.offset), values))
+    (steps, others), (told, left) = (prefix.apart(some, rest, reverse) for some in ((data, maps.offset), values))
     ends = ends_of(told, size, reverse)
 
     def unfolded(offsets, start, ends):
@@ -76,14 +76,7 @@ def _errors_of_tree(chain: Chain, start: Array, values: Array, maps: Affine, mad
         behind = prefix.walk(others, prefix.last(ends, reverse) - prefix.last(errors, reverse), partial(stepped, one), reverse=reverse)
         off = stored(left) - stored(behind)
         at = jnp.concatenate([off, at] if reverse else [at, off])
-    return Errors(at, largest(values, maps.offset), prefix.last(at, reverse))
-
-
-def _apart(some: Any, rest: int, reverse: bool) -> tuple[Any, Any]:
-    """All but the journey's last `rest` steps, and these."""
-    count = prefix.length(some)
-    whole, others = (slice(rest, count), slice(0, rest)) if reverse else (slice(0, count - rest), slice(count - rest, count))
-    return prefix.take(some, whole), prefix.take(some, others)
+    return Errors(at, largest(values, maps.offset))
 
 
 def _closed(maps: Affine) -> Affine:
@@ -134,15 +127,15 @@ class _Chunked:
             rest = self._of_rest(at[-1])
         if rest is not None:
             at, sizes = jnp.concatenate([at, rest]), jnp.concatenate([sizes, each[self.steps :]])
-        return Errors(at, sizes, prefix.last(at, self.reverse), inside)
+        return Errors(at, sizes, inside)
 
-    def _still(self, part: slice) -> tuple[Any, Array]:
-        """Some of the steps, without their offsets."""
-        return prefix.take((self.fold.data, jnp.zeros_like(self.offsets)), part)
+    def _part(self, part: slice) -> tuple[Any, Array]:
+        return prefix.take((self.fold.data, self.offsets), part)
 
     def _of_rest(self, error: Array) -> Array:
-        return prefix.walk(self._still(slice(self.steps, None)), error, self.fold.cross, reverse=self.reverse)
+        data, offsets = self._part(slice(self.steps, None))
+        return prefix.walk((data, jnp.zeros_like(offsets)), error, self.fold.cross, reverse=self.reverse)
 
     def _follow(self, before: Array) -> Array:
         """The errors of all steps, from the one that enters each chunk."""
-        return prefix.unfold(self._still(slice(None, self.steps)), before, size=self.size, cross=self.fold.cross, reverse=self.reverse)
+        return self.fold.follow(self._part(slice(None, self.steps)), before, self.size, self.reverse)
