@@ -104,7 +104,7 @@ class _Chunked:
         return Found(values, partial(self._errors, start, values))
 
     def _through(self, chunks: Any, start: Array) -> Array:
-        self.maps, self.highest = self.fold.explicit(chunks), chunks[1]
+        self.maps, self.highest = self.fold.explicit(chunks), chunks.highest
         self.made = prefix.upsweep(self.maps, affine.then, reverse=self.reverse, levels=self.levels)
         self.told = prefix.downsweep(self.made, start, affine.apply, reverse=self.reverse)
         return self.told

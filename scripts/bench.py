@@ -10,15 +10,18 @@ taken in the weights and in the initial state. In one run, on the same inputs, r
   auto        what parscan.scan chooses by itself
 
 Ratios are medians over interleaved pairs of the time of `lax` to that of the column: above 1 is faster. `backward` columns time
-`parscan.parallel_backward` on stored activations, without any forward pass.
+`parscan.parallel_backward` on stored activations, without any forward pass. What takes less than 10 ms is called as often as fills these, and
+waited for once: on an accelerator a call from Python alone takes 0.1 ms.
 """
 
 from __future__ import annotations
 
+import functools
 import json
 import platform
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -32,7 +35,12 @@ import parscan
 
 INPUTS = 4
 ROWS = ("rnn:1:8", "rnn:4:8", "rnn:16:8", "gru:1:8", "gru:4:8", "gru:16:8", "gru:64:4", "gru:16:20")
-GPU_ROWS = ("rnn:16:20", "rnn:1:8", "rnn:16:64", "rnn:64:32", "rnn:16:128")
+GPU_ROWS = (
+    *("rnn:16:20:256", "rnn:16:20:10000", "rnn:16:20:30000", "rnn:1:8:100000", "rnn:16:64:10000", "rnn:16:128:1024"),
+    *("gru:16:16:10000", "elementwise:1:1024:16384"),
+)
+SHORT = 1e-2  # seconds that a measurement takes at least
+LONG = 1.0  # seconds of a call from which on three measurements do
 
 
 class Problem(NamedTuple):
@@ -58,14 +66,24 @@ def gru(weights: dict[str, jax.Array], h: jax.Array, x: jax.Array) -> jax.Array:
     return z * h + (1 - z) * c
 
 
-CELLS: dict[str, tuple[Any, int]] = {"rnn": (rnn, 1), "gru": (gru, 3)}
+def elementwise(weights: dict[str, jax.Array], h: jax.Array, x: jax.Array) -> jax.Array:
+    """h' = tanh(a h + x U + b)."""
+    return jnp.tanh(weights["W"][0] * h + x @ weights["U"] + weights["b"])
+
+
+CELLS: dict[str, tuple[Any, int]] = {"rnn": (rnn, 1), "gru": (gru, 3), "elementwise": (elementwise, 1)}
+
+
+def parse(row: str, length: int) -> tuple[str, int, int, int]:
+    """Cell, B, n, T of a row such as `gru:16:8` or `gru:16:8:1000`."""
+    name, batch, width, *own = row.split(":")
+    return name, int(batch), int(width), int(own[0]) if own else length
 
 
 def make(row: str, length: int, seed: int) -> Problem:
-    """The problem of a row such as `gru:16:8`: cell, B, n."""
-    name, batch, width = row.split(":")
+    """The problem of a row."""
+    name, b, n, length = parse(row, length)
     cell, gates = CELLS[name]
-    b, n = int(batch), int(width)
     keys = jax.random.split(jax.random.key(seed), 4)
     weights = {
         "W": 0.9 * jax.random.normal(keys[0], (n, gates * n)) / n**0.5,
@@ -89,36 +107,60 @@ def loss_through(problem: Problem, scan: Callable[..., Any]) -> Callable[..., ja
     return loss
 
 
-def gradient(problem: Problem, scan: Callable[..., Any]) -> tuple[Callable[[], Any], int]:
-    """The compiled loss and gradient in weights and start, and its temporary bytes as XLA plans them."""
-    compiled = jax.jit(jax.value_and_grad(loss_through(problem, scan), (0, 1))).lower(*problem[1:]).compile()
-    analysis = compiled.memory_analysis()
-    return lambda: jax.block_until_ready(compiled(*problem[1:])), 0 if analysis is None else analysis.temp_size_in_bytes
+class Run(NamedTuple):
+    """A compiled program at its inputs: called, it is not waited for.
+
+    temporary: bytes, as XLA plans them. first: seconds of tracing and compiling.
+    """
+
+    call: Callable[[], Any]
+    temporary: int
+    first: float
 
 
-def backward(problem: Problem, method: parscan.Method | str) -> Callable[[], Any]:
-    """The compiled `parallel_backward` alone, from stored activations."""
+def compiled(f: Callable[..., Any], *args: Any) -> Run:
+    begun = time.perf_counter()
+    program = jax.jit(f).lower(*args).compile()
+    analysis = program.memory_analysis()
+    return Run(lambda: program(*args), 0 if analysis is None else analysis.temp_size_in_bytes, time.perf_counter() - begun)
+
+
+def gradient(problem: Problem, scan: Callable[..., Any]) -> Run:
+    """The loss and its gradient in weights and start."""
+    return compiled(jax.value_and_grad(loss_through(problem, scan), (0, 1)), *problem[1:])
+
+
+@functools.cache
+def _stored(cell: Callable[..., Any]) -> Callable[..., Any]:
+    def layer(params, h):
+        return cell(params[0], h, params[1])
+
+    return jax.jit(lambda params, start: parscan.forward(layer, params, start, params_axes=(None, 0))[1])
+
+
+def backward(problem: Problem, method: parscan.Method | str) -> Run:
+    """`parallel_backward` alone, from stored activations."""
     axes = (None, 0)
 
     def layer(params, h):
         return problem.cell(params[0], h, params[1])
 
     params = (problem.weights, problem.inputs)
-    _, activations = jax.jit(lambda p, x: parscan.forward(layer, p, x, params_axes=axes))(params, problem.start)
+    activations = _stored(problem.cell)(params, problem.start)
 
     def run(params, activations):
         grads = parscan.parallel_backward(layer, params, activations, None, layer_cotangents=activations, params_axes=axes, method=method)
         return grads.params[0], grads.activations
 
-    compiled = jax.jit(run).lower(params, activations).compile()
-    return lambda: jax.block_until_ready(compiled(params, activations))
+    return compiled(run, params, activations)
 
 
-def seconds(run: Callable[[], Any]) -> float:
-    """One warm, blocked call."""
+def seconds(call: Callable[[], Any], times: int = 1) -> float:
+    """Of a call, several of which are waited for together."""
     start = time.perf_counter()
-    run()
-    return time.perf_counter() - start
+    results = [call() for _ in range(times)][-1]
+    jax.block_until_ready(results)
+    return (time.perf_counter() - start) / times
 
 
 def gap(got: Any, want: Any) -> float:
@@ -127,21 +169,22 @@ def gap(got: Any, want: Any) -> float:
     return max(float(jnp.linalg.norm(jnp.ravel(g - w)) / jnp.maximum(jnp.linalg.norm(jnp.ravel(w)), 1e-30)) for g, w in pairs)
 
 
-def gaps(row: str, runs: dict[str, Callable[[], Any]]) -> dict[str, float]:
+def gaps(row: str, runs: dict[str, Run]) -> dict[str, float]:
     """How far every gradient is from that of `lax`, which must be near."""
-    want = runs["lax"]()
-    found = {name: gap(run(), want) for name, run in runs.items()}
-    if max(found.values()) > 1e-3:
+    want = runs["lax"].call()
+    found = {name: gap(run.call(), want) for name, run in runs.items()}
+    if max(found.values()) > (1e-3 if jax.default_backend() == "cpu" else 1e-2):  # accelerators multiply in TF32 or bfloat16, if not told otherwise
         raise click.ClickException(f"{row}: gradients disagree, {found}")
     return found
 
 
-def interleaved(runs: dict[str, Callable[[], Any]], rounds: int) -> dict[str, list[float]]:
-    """Seconds of so many calls of each, all of them one after another in every round."""
+def interleaved(runs: dict[str, Run], rounds: int) -> dict[str, list[float]]:
+    """Seconds of a call of each, all of them one after another in every round."""
+    once = {name: min(seconds(run.call), seconds(run.call)) for name, run in runs.items()}
     times: dict[str, list[float]] = {name: [] for name in runs}
-    for _ in range(rounds):
+    for _ in range(min(3, rounds) if max(once.values()) > LONG else rounds):
         for name, run in runs.items():
-            times[name].append(seconds(run))
+            times[name].append(seconds(run.call, max(1, round(SHORT / once[name]))))
     return times
 
 
@@ -150,32 +193,25 @@ def chosen(problem: Problem) -> str:
     return str(parscan.plan(lambda h, x: (problem.cell(problem.weights, h, x), None), problem.start, problem.inputs).method)
 
 
-def measure(row: str, length: int, pairs: int, seed: int, extra: tuple[str, ...]) -> dict[str, Any]:
+def measure(row: str, length: int, pairs: int, seed: int, extra: tuple[str, ...], jobs: int) -> dict[str, Any]:
     """All figures of one row, in ms, ratios and bytes."""
     problem = make(row, length, seed)
     scans = {"lax": jax.lax.scan} | {m: lambda f, h, x, m=m: parscan.scan(f, h, x, method=m) for m in ("sequential", "auto", *extra)}
-    runs: dict[str, Callable[[], Any]] = {}
-    first: dict[str, float] = {}
-    temporary: dict[str, int] = {}
-    for name, scan in scans.items():
-        begun = time.perf_counter()
-        runs[name], temporary[name] = gradient(problem, scan)
-        runs[name]()
-        first[name] = time.perf_counter() - begun
-    found = gaps(row, runs)
-    runs |= {f"backward {m}": backward(problem, m) for m in ("lax", "sequential", "auto")}
-    for run in runs.values():
-        run()
+    making = {name: functools.partial(gradient, problem, scan) for name, scan in scans.items()}
+    making |= {f"backward {m}": functools.partial(backward, problem, m) for m in ("lax", "sequential", "auto", *extra)}
+    with ThreadPoolExecutor(jobs) as pool:
+        runs = dict(zip(making, pool.map(lambda make: make(), making.values()), strict=True))
+    found = gaps(row, {name: runs[name] for name in scans})
     times = interleaved(runs, pairs)
     return {
         "row": row,
-        "length": length,
+        "length": parse(row, length)[3],
         "auto": chosen(problem),
         "ms": {name: 1e3 * float(np.median(t)) for name, t in times.items()},
         "ratio": {name: float(np.median(np.array(times["lax"]) / np.array(times[name]))) for name in scans},
         "spread": {name: [float(q) for q in np.quantile(np.array(times["lax"]) / np.array(times[name]), (0.25, 0.75))] for name in scans},
-        "temporary bytes": temporary,
-        "first call s": first,
+        "temporary bytes": {name: run.temporary for name, run in runs.items()},
+        "first call s": {name: run.first for name, run in runs.items()},
         "gap": found,
     }
 
@@ -183,50 +219,51 @@ def measure(row: str, length: int, pairs: int, seed: int, extra: tuple[str, ...]
 def table(results: list[dict[str, Any]]) -> str:
     """The figures as a Markdown table."""
     names = list(results[0]["ratio"])[1:]
-    head = [
-        "cell, B × n",
-        "auto chose",
-        "lax ms",
-        *(f"{n} ×" for n in names),
-        "memory ×",
-        "first call ×",
-        *(f"backward {n} ms" for n in ("lax", "sequential", "auto")),
-    ]
+    alone = [name for name in results[0]["ms"] if name.startswith("backward")]
+    head = ["cell, B × n", "T", "auto chose", "lax ms", *(f"{n} ×" for n in names), "memory ×", "first call ×", *(f"{n} ms" for n in alone)]
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     for r in results:
-        cell, b, n = r["row"].split(":")
-        cells = [f"{cell} {b} × {n}", r["auto"], f"{r['ms']['lax']:.1f}", *(f"{r['ratio'][name]:.2f}" for name in names)]
+        cell, b, n, length = parse(r["row"], r["length"])
+        cells = [f"{cell} {b} × {n}", f"{length}", r["auto"], f"{r['ms']['lax']:.1f}", *(f"{r['ratio'][name]:.2f}" for name in names)]
         for key in ("temporary bytes", "first call s"):
             cells.append(f"{r[key]['auto'] / max(r[key]['lax'], 1e-9):.2f}")
-        cells += [f"{r['ms'][f'backward {name}']:.1f}" for name in ("lax", "sequential", "auto")]
+        cells += [f"{r['ms'][name]:.2f}" for name in alone]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
 @click.command(help=__doc__, context_settings={"max_content_width": 120})
-@click.option("--row", "rows", multiple=True, metavar="CELL:B:N", help="A problem, e.g. gru:16:8; may be repeated. Default: a set for this platform.")
-@click.option("--length", default=4096, show_default=True, type=click.IntRange(2), help="Steps T.")
+@click.option("--row", "rows", multiple=True, metavar="CELL:B:N[:T]", help="A problem, e.g. gru:16:8; may be repeated. Default: a set for this platform.")
+@click.option("--length", default=4096, show_default=True, type=click.IntRange(2), help="Steps T of rows that do not say.")
 @click.option("--pairs", default=7, show_default=True, type=click.IntRange(5), help="Interleaved measurements of every column.")
 @click.option(
     "--method", "extra", multiple=True, type=click.Choice(["walk", "tree", "associative", "chunked"]), help="Further methods to time; may be repeated."
 )
+@click.option("--jobs", default=1, show_default=True, type=click.IntRange(1), help="Programs to compile at once; first calls are told right by 1 alone.")
 @click.option("--seed", default=0, show_default=True, help="Seed of weights and inputs.")
 @click.option("--json", "path", type=click.Path(dir_okay=False, path_type=Path), help="Also write every figure to this file.")
-def main(rows: tuple[str, ...], length: int, pairs: int, extra: tuple[str, ...], seed: int, path: Path | None) -> None:
+def main(rows: tuple[str, ...], length: int, pairs: int, extra: tuple[str, ...], jobs: int, seed: int, path: Path | None) -> None:
     for row in rows:
         parts = row.split(":")
-        if len(parts) != 3 or parts[0] not in CELLS or not all(p.isdigit() and int(p) for p in parts[1:]):
-            raise click.BadParameter(f"{row!r} is not CELL:B:N with CELL one of {', '.join(CELLS)} and B, N positive integers", param_hint="--row")
+        if len(parts) not in (3, 4) or parts[0] not in CELLS or not all(p.isdigit() and int(p) for p in parts[1:]):
+            raise click.BadParameter(f"{row!r} is not CELL:B:N[:T] with CELL one of {', '.join(CELLS)} and B, N, T positive integers", param_hint="--row")
     chosen = rows or (ROWS if jax.default_backend() == "cpu" else GPU_ROWS)
     device = jax.devices()[0]
-    where = f"{device.device_kind}, {platform.machine()}, jax {jax.__version__}, Python {platform.python_version()}, T = {length}, float32"
+    where = f"{device.device_kind}, {platform.machine()}, jax {jax.__version__}, Python {platform.python_version()}, float32"
     click.echo(f"{where}\n")
-    results = [measure(row, length, pairs, seed, extra) for row in tqdm(chosen, desc="rows", unit="row", leave=False)]
-    click.echo(table(results))
-    if path is not None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps({"where": where, "results": results}, indent=1))
-        click.echo(f"\nwrote {path}")
+    results: list[dict[str, Any]] = []
+    try:
+        for row in tqdm(chosen, desc="rows", unit="row", leave=False):
+            results.append(measure(row, length, pairs, seed, extra, jobs))
+            if path is not None:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.write_text(json.dumps({"where": where, "results": results}, indent=1))
+    except KeyboardInterrupt:
+        click.echo(f"interrupted after {len(results)} of {len(chosen)} rows", err=True)
+    if results:
+        click.echo(table(results))
+        if path is not None:
+            click.echo(f"\nwrote {path}")
 
 
 if __name__ == "__main__":

@@ -52,9 +52,7 @@ def measure(row: str, length: int, rounds: int, seed: int) -> dict[str, Any]:
     """All figures of one row: bytes, and milliseconds."""
     problem = make(row, length, seed)
     scans = {"lax": jax.lax.scan} | {name: lambda f, h, x, m=m: parscan.scan(f, h, x, method=m) for name, m in methods(length).items()}
-    runs, peak = {}, {}
-    for name, scan in tqdm(scans.items(), desc=row, leave=False):
-        runs[name], peak[name] = gradient(problem, scan)
+    runs = {name: gradient(problem, scan) for name, scan in tqdm(scans.items(), desc=row, leave=False)}
     gaps(row, runs)
     times = interleaved(runs, rounds)
     return {
@@ -62,7 +60,7 @@ def measure(row: str, length: int, rounds: int, seed: int) -> dict[str, Any]:
         "length": length,
         "auto": chosen(problem),
         "residual bytes": {name: residuals(problem, scan) for name, scan in scans.items()},
-        "peak bytes": peak,
+        "peak bytes": {name: run.temporary for name, run in runs.items()},
         "ms": {name: 1e3 * float(np.median(t)) for name, t in times.items()},
         "time": {name: float(np.median(np.array(t) / np.array(times["lax"]))) for name, t in times.items()},
         "guard": {name: float(np.median(np.array(times[name]) / np.array(t))) for name, t in _without_guard(times)},
