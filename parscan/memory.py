@@ -18,6 +18,7 @@ from parscan.methods import Associative, Chunked, Sequential, Travelling, Walk
 from parscan.structure import Structure
 
 SHARE = 0.5  # of the device's memory that a backward pass may take unless told otherwise
+LITTLE = 2**26  # bytes on an accelerator that nobody misses, where every segment makes the device wait
 COPIES = {Walk: 2, Associative: 5}  # of every map formed, with its products and what the guard compares: as XLA's buffers show; the others 3
 
 
@@ -60,7 +61,7 @@ def fitting(
 
     Args:
         method: sizes chosen. asked: the segment that the user has asked for, if any.
-        modest: hold no more than about what the loop's own backward pass does.
+        modest: hold no more than about what the loop's own backward pass does, or than is little.
 
     Raises:
         ValueError: what is asked for takes more than the device has, and what would not.
@@ -80,9 +81,9 @@ def fitting(
             return replace(method, segment=fits), why
         if method.is_parallel and not modest:  # what was chosen is never refused
             raise ValueError(_too_much(method, size, need(size), device, structures, fits))
-    loop = sum(step.count * of_variables(step) for step in steps)
-    if modest and asked is None and need(size) > loop:
-        fits = max(1, _longest(need, longest, size, loop))
+    enough = max(sum(step.count * of_variables(step) for step in steps), 0 if platform == "cpu" else LITTLE)
+    if modest and asked is None and need(size) > enough:
+        fits = max(1, _longest(need, longest, size, enough))
         return replace(method, segment=fits), f"; in segments of {fits}, to hold no more than the loop's own backward pass does"
     return method, ""
 

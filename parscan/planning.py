@@ -211,6 +211,8 @@ def _chosen(step: Step, structure: Structure, fallback: Method, platform: str) -
         return Tree(), f"{name} on {platform}: the blocks of a step are equal, and multiplied once"
     if state <= ACCELERATOR_STATE:
         return Chunked(), f"{name} on {platform}: the loop's latency outweighs the arithmetic of matrix products"
+    if blocks > 1 and has_products(step.program.jaxpr):
+        return Sequential(), f"{name} on {platform}: too much arithmetic for matrix products to pay; a loop of the states' cotangents alone waits less"
     return fallback, f"{name} on {platform}: too much arithmetic for matrix products to pay"
 
 

@@ -13,7 +13,7 @@ from parscan.methods import Lax
 
 RANDOM = np.random.default_rng(0)
 weights = lambda n, m: jnp.asarray(RANDOM.standard_normal((n, m)) / n**0.5)
-W, GRU = {n: weights(n, n) for n in (1, 8, 20, 128)}, {n: weights(n, 3 * n) for n in (8, 20)}
+W, GRU = {n: weights(n, n) for n in (1, 8, 20, 128, 1024)}, {n: weights(n, 3 * n) for n in (8, 20)}
 
 
 def elementwise(h, x):
@@ -65,7 +65,8 @@ CASES = [
     (rnn, (4, 8), "Walk", "Walk", "Chunked"),
     (gru, (4, 8), "Walk", "Walk", "Chunked"),
     (gru, (16, 20), "Lax", "Lax", "Chunked"),
-    (rnn, (64, 128), "Lax", "Lax", "Lax"),
+    (rnn, (64, 128), "Lax", "Lax", "Sequential"),
+    (rnn, (1, 1024), "Sequential", "Lax", "Lax"),
     (lambda h, x: h[::-1] * x, (64,), "Sequential", "Lax", "Tree"),
     (lambda h, x: h @ W[20] + x, (16, 20), "Lax", "Lax", "Tree"),  # one matrix for all steps, squared
     (delta_rule, (8, 8), "Walk", "Walk", "Tree"),  # one block for all columns

@@ -101,9 +101,18 @@ def chosen(cell, batch, width, platform):
 
 @pytest.mark.parametrize("platform", ["cpu", "gpu"])
 @pytest.mark.parametrize("cell, batch, width", [("rnn", 4, 8), ("gru", 4, 8), ("gru", 1, 8), ("rnn", 4, 32)])
-def test_what_auto_takes_peaks_at_twice_the_loop_at_most(cell, batch, width, platform):
+def test_what_auto_takes_peaks_at_twice_the_loop_at_most(cell, batch, width, platform, monkeypatch):
+    monkeypatch.setattr(memory, "LITTLE", 0)
     method = chosen(cell, batch, width, platform)
     assert isinstance(method, Lax) or peak(cell, batch, width, method) <= 2 * peak(cell, batch, width, None), method
+
+
+def test_little_is_not_cut_on_an_accelerator(monkeypatch):
+    whole = chosen("rnn", 4, 8, "gpu")
+    assert whole.segment is None and 2 * peak("rnn", 4, 8, None) < peak("rnn", 4, 8, whole) < memory.LITTLE
+    monkeypatch.setattr(memory, "LITTLE", peak("rnn", 4, 8, whole) // 2)
+    assert chosen("rnn", 4, 8, "gpu").segment < LENGTH
+    assert chosen("rnn", 4, 8, "cpu").segment < LENGTH
 
 
 # --- segments give what the whole gives -------------------------------------------------------------------------------------
