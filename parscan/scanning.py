@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from parscan.checks import is_inexact
 from parscan.claims import Claim, parse_structure
 from parscan.debug import Watch, names_of
 from parscan.jaxprs import Flat, Program, is_staged, jit_unless_staged, obstacle, slice_spec, trace
@@ -152,6 +153,12 @@ def _promoted(flat: list, program: Program) -> tuple[list, bool]:
     return done, changed
 
 
+def _stays_discrete(init: Any) -> bool:
+    """Whether no leaf of the carry is floating-point, nor can become it by promotion."""
+    leaves = jax.tree.leaves(init)
+    return all(hasattr(leaf, "dtype") and not is_inexact(leaf) and not jax.typeof(leaf).weak_type for leaf in leaves)
+
+
 # --- public ------------------------------------------------------------------------------------------------------------
 
 
@@ -206,9 +213,9 @@ def scan(
     """
     parsed, claim = parse_method(method), parse_structure(structure)
     # Without jit f is given values, one by one: it need not be traceable.
-    stepwise = isinstance(parsed, Lax) or (parsed is None and bool(jax.config.jax_disable_jit))  # pyright: ignore[reportAttributeAccessIssue]
+    stepwise = jax.config.jax_disable_jit  # pyright: ignore[reportAttributeAccessIssue]
     traced = None
-    if not stepwise:
+    if not (isinstance(parsed, Lax) or (parsed is None and (stepwise or _stays_discrete(init)))):
         traced = traced_scan(f, init, xs, length, reverse, parsed, claim, unroll=unroll, split_transpose=_split_transpose, debug=bool(debug))
     if traced is None or (traced.spec is None and traced.as_traced is None):
         return lax.scan(f, init, xs, length, reverse, unroll, _split_transpose)

@@ -30,12 +30,13 @@ import parscan
 ROWS = ("rnn:4:8", "gru:4:8", "gru:1:8", "rnn:16:32")
 
 
-def methods(length: int) -> dict[str, Any]:
-    """By what the table calls them: each all at once, in segments, and without the guard."""
-    part = max(1, length // 16)
-    found: dict[str, Any] = {"auto": "auto", "Sequential()": parscan.Sequential(), f"Sequential(segment={part})": parscan.Sequential(segment=part)}
+def methods(length: int, segments: bool) -> dict[str, Any]:
+    """By what the table calls them: each all at once, in segments if these are wanted too, and without the guard."""
+    sizes = (length, max(1, length // 16)) if segments else (length,)
+    found: dict[str, Any] = {"auto": "auto", "Sequential()": parscan.Sequential()}
+    found |= {f"Sequential(segment={size})": parscan.Sequential(segment=size) for size in sizes[1:]}
     for kind, some in ((parscan.Walk, {}), (parscan.Chunked, {"size": 8}), (parscan.Tree, {})):
-        for segment, guard in itertools.product((length, part), (True, False)):
+        for segment, guard in itertools.product(sizes, (True, False)):
             method = kind(**some, segment=segment, guard=guard)
             found[repr(method)] = method
     return found
@@ -48,10 +49,10 @@ def residuals(problem: Problem, scan: Callable[..., Any]) -> int:
     return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(kept))
 
 
-def measure(row: str, length: int, rounds: int, seed: int) -> dict[str, Any]:
+def measure(row: str, length: int, segments: bool, rounds: int, seed: int) -> dict[str, Any]:
     """All figures of one row: bytes, and milliseconds."""
     problem = make(row, length, seed)
-    scans = {"lax": jax.lax.scan} | {name: lambda f, h, x, m=m: parscan.scan(f, h, x, method=m) for name, m in methods(length).items()}
+    scans = {"lax": jax.lax.scan} | {name: lambda f, h, x, m=m: parscan.scan(f, h, x, method=m) for name, m in methods(length, segments).items()}
     runs = {name: gradient(problem, scan) for name, scan in tqdm(scans.items(), desc=row, leave=False)}
     gaps(row, runs)
     times = interleaved(runs, rounds)
@@ -95,12 +96,13 @@ def table(results: list[dict[str, Any]]) -> str:
 @click.command(help=__doc__, context_settings={"max_content_width": 120})
 @click.option("--row", "rows", multiple=True, default=ROWS, show_default=True, metavar="CELL:B:N", help="A problem; may be repeated.")
 @click.option("--length", "lengths", multiple=True, default=(1024, 4096), show_default=True, type=click.IntRange(2), help="Steps T; may be repeated.")
+@click.option("--segments/--whole", default=True, show_default=True, help="In segments of a sixteenth of the steps as well, or only all at once.")
 @click.option("--rounds", default=9, show_default=True, type=click.IntRange(3), help="Interleaved measurements of every method.")
 @click.option("--seed", default=0, show_default=True, help="Seed of weights and inputs.")
 @click.option("--json", "path", type=click.Path(dir_okay=False, path_type=Path), help="Also write every figure to this file.")
-def main(rows: tuple[str, ...], lengths: tuple[int, ...], rounds: int, seed: int, path: Path | None) -> None:
+def main(rows: tuple[str, ...], lengths: tuple[int, ...], segments: bool, rounds: int, seed: int, path: Path | None) -> None:
     click.echo(f"jax {jax.__version__} on {jax.default_backend()}, medians of {rounds} rounds\n")
-    results = [measure(row, length, rounds, seed) for row in rows for length in lengths]
+    results = [measure(row, length, segments, rounds, seed) for row in rows for length in lengths]
     click.echo(table(results))
     if path is not None:
         path.write_text(json.dumps(results, indent=1))

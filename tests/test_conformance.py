@@ -112,6 +112,20 @@ def test_how_often_f_is_traced_with_an_obstacle(run, times):
     assert len(calls) == times
 
 
+def test_steps_of_integers_are_traced_once_for_good():
+    """As by `lax.scan` itself, which knows a function that it has seen."""
+    calls = []
+
+    def count(i, x):
+        calls.append(1)
+        return i + jnp.int32(1), jnp.sin(x)
+
+    for _ in range(2):
+        final, ys = parscan.scan(count, jnp.int32(0), XS)
+        assert final == len(XS) and jnp.array_equal(ys, jnp.sin(XS))
+    assert len(calls) == 1
+
+
 # --- what is not used costs nothing ----------------------------------------------------------------------------------------------
 
 
