@@ -123,7 +123,7 @@ def costs(steps: Sequence[Step], structures: Sequence[Structure] | None, method:
     """
     found, pushes, count = Costs(), [push_flops(step.program) for step in steps], sum(step.count for step in steps)
     arithmetic = sum(step.count * push for step, push in zip(steps, pushes, strict=True))
-    vectors = sum(step.count * _state_bytes(step.program) for step in steps)
+    vectors = sum(step.count * state_bytes(step.program) for step in steps)
     found.add("sequential", arithmetic, vectors)
     if structures is None or isinstance(method, (Lax, Sequential)):
         found.depth = count
@@ -166,7 +166,7 @@ def _form_flops(program: Program, structure: Structure, push: int) -> int:
     return flops(jax.make_jaxpr(lambda *inputs: formed(inputs))(*consts, *states, *xs))
 
 
-def _state_bytes(program: Program) -> int:
+def state_bytes(program: Program) -> int:
     """Of a cotangent of the state that enters a step."""
     return sum(math.prod(a.shape) * dtype_of(a).itemsize for a in program.avals[1] if is_inexact(a))
 

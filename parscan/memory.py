@@ -12,13 +12,14 @@ import jax
 import numpy as np
 
 from parscan.checks import dtype_of
-from parscan.costs import Step, abstract, human
+from parscan.costs import Step, abstract, human, state_bytes
 from parscan.jaxprs import bytes_of_variables
 from parscan.methods import Associative, Chunked, Sequential, Travelling, Walk
 from parscan.structure import Structure
 
 SHARE = 0.5  # of the device's memory that a backward pass may take unless told otherwise
 LITTLE = 2**26  # bytes on an accelerator that nobody misses, where every segment makes the device wait
+BESIDE = 10  # times the states of a chain that a whole gradient holds beside: inputs, outputs, cotangents of all, what the guard compares; as on a GPU
 COPIES = {Walk: 2, Associative: 5}  # of every map formed, with its products and what the guard compares: as XLA's buffers show; the others 3
 
 
@@ -73,14 +74,15 @@ def fitting(
         return sum(each) if size >= longest else max(each)  # in segments, run by run
 
     size, device = min(method.segment or longest, longest), of_device(platform)
-    budget = math.inf if device is None else device * (SHARE if asked is None else 1)
+    beside = BESIDE * sum(step.count * state_bytes(step.program) for step in steps)
+    budget = math.inf if device is None else device * SHARE if asked is None else device - beside
     if need(size) > budget:
         fits = _longest(need, longest, size, budget)
         if asked is None and fits:
             why = f"; in segments of {fits}: all at once would hold about {_bytes(need(size))}, and the device has {_bytes(device)}"
             return replace(method, segment=fits), why
         if method.is_parallel and not modest:  # what was chosen is never refused
-            raise ValueError(_too_much(method, size, need(size), device, structures, fits))
+            raise ValueError(_too_much(method, size, need(size), beside, device, structures, fits))
     enough = max(sum(step.count * of_variables(step) for step in steps), 0 if platform == "cpu" else LITTLE)
     if modest and asked is None and need(size) > enough:
         fits = max(1, _longest(need, longest, size, enough))
@@ -97,12 +99,12 @@ def _longest(need: Callable[[int], int], longest: int, size: int, budget: float)
     return next((d for d in range(fits, fits // 2, -1) if longest % d == 0), fits) if need(fits) <= budget else 0
 
 
-def _too_much(method: Travelling, size: int, need: int, device: int | None, structures: Sequence[Structure], fits: int) -> str:
+def _too_much(method: Travelling, size: int, need: int, beside: int, device: int | None, structures: Sequence[Structure], fits: int) -> str:
     widest = max(structures, key=lambda one: one.before.size)
     others = f"segment={fits} would fit, or `method='sequential'`, which forms none" if fits else "`method='sequential'` forms none"
     return (
         f"`method={method!r}` would hold about {_bytes(need)} for the Jacobians of {size} steps at once ({widest.kind}, {widest.before.size} coordinates), "
-        f"and the device has {_bytes(device)}: {others}."
+        f"beside {_bytes(beside)} for the chain's states and what else has their size, and the device has {_bytes(device)}: {others}."
     )
 
 

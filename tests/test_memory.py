@@ -245,7 +245,8 @@ def test_what_is_asked_for_and_does_not_fit_is_refused_with_what_would(small_dev
         plan_of(parscan.Tree(segment=1024))
     said = str(error.value)
     assert said.startswith(
-        "`method=Tree(segment=1024)` would hold about 13.4 MB for the Jacobians of 1024 steps at once (Dense, 32 coordinates), and the device has 2 MB:"
+        "`method=Tree(segment=1024)` would hold about 13.4 MB for the Jacobians of 1024 steps at once (Dense, 32 coordinates), "
+        "beside 1.31 MB for the chain's states and what else has their size, and the device has 2 MB:"
     )
     fits = int(said.split("segment=")[2].split(" ")[0])
     assert plan_of(parscan.Tree(segment=fits)).method.segment == fits
