@@ -83,7 +83,8 @@ def fitting(
             return replace(method, segment=fits), why
         if method.is_parallel and not modest:  # what was chosen is never refused
             raise ValueError(_too_much(method, size, need(size), beside, device, structures, fits))
-    enough = max(sum(step.count * of_variables(step) for step in steps), 0 if platform == "cpu" else LITTLE)
+    # Half of what the loop keeps: the chain's states and cotangents are held beside.
+    enough = max(sum(step.count * of_variables(step) for step in steps) / 2, 0 if platform == "cpu" else LITTLE)
     if modest and asked is None and need(size) > enough:
         fits = max(1, _longest(need, longest, size, enough))
         return replace(method, segment=fits), f"; in segments of {fits}, to hold no more than the loop's own backward pass does"

@@ -45,17 +45,17 @@ def plan(
         >>> def f(h, x):
         ...     return jax.nn.sigmoid(x) * (h @ jnp.ones((8, 8))), None
         >>> print(parscan.plan(f, jnp.zeros((4, 8)), jnp.ones((1000, 4, 8))))
-        method      Walk(segment=250), length 1000
+        method      Walk(segment=125), length 1000
         reason      4 blocks of 8 on a CPU: forming their Jacobians and walking them is cheaper than a loop
-                    of VJPs; in segments of 250, to hold no more than the loop's own backward pass does
+                    of VJPs; in segments of 125, to hold no more than the loop's own backward pass does
         structure   BlockDiagonal, 4 blocks of 8
         why         `dot_general`... mixes the last axis of `h`
-        depth       1004 operations one after another; 1000 steps
+        depth       1008 operations one after another; 1000 steps
                         FLOPs      bytes
-        forming        4.35 M     256 kB
+        forming        4.35 M     128 kB
         up-sweep          0         0 B
         down-sweep      512 k     128 kB
-        total          4.86 M     384 kB
+        total          4.86 M     256 kB
         sequential      544 k     128 kB
         >>> block = lambda w, h: h + jnp.tanh(h @ w)
         >>> parscan.plan([block] * 9 + [lambda _, h: h.sum()], [jnp.ones((3, 3))] * 9 + [None], [jnp.ones(3)]).runs
