@@ -212,8 +212,7 @@ def _quickest_on_cpu(step: Step, structure: Structure, name: str, entries: int, 
     # Over several devices the answer of a walk's guard would be a collective.
     if jax.device_count() == 1 and entries <= CPU_STATE:
         methods.append(sized(Walk(), step.count, blocks_of([structure])))
-    machine = timing.machine_of("cpu")
-    told = [timing.seconds(step, structure, method, machine) for method in methods]
+    told = [timing.seconds(step, structure, method, timing.CPU) for method in methods]
     each = ", ".join(f"{type(method).__name__} {timing.in_words(time)}" for method, time in zip(methods, told, strict=True))
     reason = f"{name} on a CPU: told to take the least time ({each})"
     loop, sequential, *walk = told
