@@ -9,10 +9,10 @@ from typing import NamedTuple
 
 import jax
 
-from parscan import memory, timing
+from parscan import memory
 from parscan.claims import Claim
 from parscan.costs import Step
-from parscan.jaxprs import Program, has_products, obstacle
+from parscan.jaxprs import Program, bytes_of_variables, flops, has_products, obstacle
 from parscan.layout import blocks_in_words
 from parscan.methods import Associative, Chunked, Lax, Method, Sequential, Travelling, Tree, Walk
 from parscan.order import Order
@@ -37,8 +37,12 @@ class Stretch(NamedTuple):
 
 
 SEGMENT_ENTRIES = 2**17  # numbers in the Jacobians that a walk forms at once: they stay in cache
-CPU_STATE = 2**14  # entries of a step's Jacobian from which on no walk over them is thought of on a CPU
-SURELY = 0.85  # of the time of another method that one must be told to take to be chosen before it: no model is exact
+CPU_STATE = 1024  # B·n² up to which forming and walking beats a loop on a CPU
+CPU_BLOCKS = 64  # blocks up to which it does
+CPU_STEP = 2**13  # operations of a step up to which a loop waits more than it computes
+FUSES_LOOPS = jax.__version_info__ >= (0, 12)  # whether XLA makes one kernel of the body of any loop on a CPU
+CPU_SMALL_LOOP = 512  # bytes of all variables of a step up to which it did before
+CPU_LIGHT, CPU_LITTLE = 8, 512  # operations a coordinate, or in all, up to which a step without products waits more than it computes
 ACCELERATOR_LENGTH = 64  # steps from which on it is worth while there
 ACCELERATOR_STATE = 2**18  # B·n² up to which chunk matrices are worth their products on an accelerator
 
@@ -189,7 +193,15 @@ def _chosen(step: Step, structure: Structure, fallback: Method, platform: str) -
     if step.program.recomputes:
         return fallback, "a `jax.checkpoint` in the step asks for little memory, which batching all steps would not keep to"
     if platform == "cpu":
-        return _quickest_on_cpu(step, structure, name, state, fallback)
+        if blocks == 1 or width == 1 or not has_products(step.program.jaxpr):
+            return _fused_on_cpu(step.program, sum(a.size for a, _ in pairs), name, fallback)
+        if flops(step.program.jaxpr) > CPU_STEP:
+            return Lax(), f"{name} on a CPU: a step computes enough that a loop hardly waits"
+        if state <= CPU_STATE and blocks <= CPU_BLOCKS:
+            if jax.device_count() > 1:
+                return Sequential(), f"{name} on a CPU: over several devices the answer of a walk's guard would be a collective"
+            return Walk(), f"{name} on a CPU: forming their Jacobians and walking them is cheaper than a loop of VJPs"
+        return fallback, f"{name} on a CPU: the arithmetic of matrix products outweighs the loop's overhead"
     if structure.kind in ("Identity", "Permutation"):
         return Tree(), f"{name} on {platform}: products of the Jacobians cost no more than they do"
     if state <= ACCELERATOR_STATE and structure.same:
@@ -204,23 +216,18 @@ def _chosen(step: Step, structure: Structure, fallback: Method, platform: str) -
     return fallback, f"{name} on {platform}: too much arithmetic for matrix products to pay"
 
 
-def _quickest_on_cpu(step: Step, structure: Structure, name: str, entries: int, fallback: Method) -> tuple[Method, str]:
-    """The method that is told to take the least time: the loop, one of the states' cotangents alone, or a walk over Jacobians, if it is surely ahead."""
-    if step.program.has_branches:
+def _fused_on_cpu(program: Program, coordinates: int, name: str, fallback: Method) -> tuple[Method, str]:
+    """Steps of one block, elementwise ones, and those without matrix products: the loop is as fast as it can be if XLA makes one kernel of its body.
+
+    XLA's compiler for CPUs did so for loops over little memory alone before JAX 0.12, and ran any other kernel by kernel.
+    """
+    if FUSES_LOOPS or bytes_of_variables(program.jaxpr) < CPU_SMALL_LOOP:
+        return fallback, f"{name} on a CPU: XLA fuses each step of the loop into one kernel"
+    if program.has_branches:
         return fallback, f"{name} on a CPU: the loop takes one branch of a `cond`, all steps at once take every one"
-    methods: list[Method] = [Lax(), Sequential()]
-    # Over several devices the answer of a walk's guard would be a collective.
-    if jax.device_count() == 1 and entries <= CPU_STATE:
-        methods.append(sized(Walk(), step.count, blocks_of([structure])))
-    told = [timing.seconds(step, structure, method, timing.CPU) for method in methods]
-    each = ", ".join(f"{type(method).__name__} {timing.in_words(time)}" for method, time in zip(methods, told, strict=True))
-    reason = f"{name} on a CPU: told to take the least time ({each})"
-    loop, sequential, *walk = told
-    if walk and walk[0] < SURELY * min(loop, sequential):
-        return Walk(), reason
-    if sequential < loop * (SURELY if timing.is_fused(step.program) else 1 / SURELY):
-        return Sequential(), reason
-    return Lax(), reason
+    if not has_products(program.jaxpr) and flops(program.jaxpr) > max(CPU_LIGHT * coordinates, CPU_LITTLE):
+        return fallback, f"{name} on a CPU: a step computes more than its loop waits"
+    return Sequential(), f"{name} on a CPU: this JAX runs a loop of VJPs kernel by kernel, one of the states' cotangents alone is cheaper"
 
 
 def sized(method: Method, length: int, blocks: dict[int, int]) -> Method:
