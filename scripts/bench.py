@@ -29,11 +29,11 @@ import click
 import jax
 import jax.numpy as jnp
 import numpy as np
+from problems import Problem, make, parse
 from tqdm import tqdm
 
 import parscan
 
-INPUTS = 4
 ROWS = ("rnn:1:8", "rnn:4:8", "rnn:16:8", "gru:1:8", "gru:4:8", "gru:16:8", "gru:64:4", "gru:16:20")
 GPU_ROWS = (
     *("rnn:16:20:256", "rnn:16:20:10000", "rnn:16:20:30000", "rnn:1:8:100000", "rnn:16:64:10000", "rnn:16:128:1024"),
@@ -41,56 +41,6 @@ GPU_ROWS = (
 )
 SHORT = 1e-2  # seconds that a measurement takes at least
 LONG = 1.0  # seconds of a call from which on three measurements do
-
-
-class Problem(NamedTuple):
-    """A cell, its weights, the initial states (B, n), the inputs (T, B, 4)."""
-
-    cell: Callable[[Any, jax.Array, jax.Array], jax.Array]
-    weights: dict[str, jax.Array]
-    start: jax.Array
-    inputs: jax.Array
-
-
-def rnn(weights: dict[str, jax.Array], h: jax.Array, x: jax.Array) -> jax.Array:
-    """h' = tanh(h W + x U + b)."""
-    return jnp.tanh(h @ weights["W"] + x @ weights["U"] + weights["b"])
-
-
-def gru(weights: dict[str, jax.Array], h: jax.Array, x: jax.Array) -> jax.Array:
-    """A gated recurrent unit, its three products with h fused into one."""
-    n = h.shape[-1]
-    from_x, from_h = x @ weights["U"] + weights["b"], h @ weights["W"]
-    z, r = jnp.split(jax.nn.sigmoid(from_x[..., : 2 * n] + from_h[..., : 2 * n]), 2, axis=-1)
-    c = jnp.tanh(from_x[..., 2 * n :] + r * from_h[..., 2 * n :])
-    return z * h + (1 - z) * c
-
-
-def elementwise(weights: dict[str, jax.Array], h: jax.Array, x: jax.Array) -> jax.Array:
-    """h' = tanh(a h + x U + b)."""
-    return jnp.tanh(weights["W"][0] * h + x @ weights["U"] + weights["b"])
-
-
-CELLS: dict[str, tuple[Any, int]] = {"rnn": (rnn, 1), "gru": (gru, 3), "elementwise": (elementwise, 1)}
-
-
-def parse(row: str, length: int) -> tuple[str, int, int, int]:
-    """Cell, B, n, T of a row such as `gru:16:8` or `gru:16:8:1000`."""
-    name, batch, width, *own = row.split(":")
-    return name, int(batch), int(width), int(own[0]) if own else length
-
-
-def make(row: str, length: int, seed: int) -> Problem:
-    """The problem of a row."""
-    name, b, n, length = parse(row, length)
-    cell, gates = CELLS[name]
-    keys = jax.random.split(jax.random.key(seed), 4)
-    weights = {
-        "W": 0.9 * jax.random.normal(keys[0], (n, gates * n)) / n**0.5,
-        "U": 0.5 * jax.random.normal(keys[1], (INPUTS, gates * n)),
-        "b": jnp.zeros(gates * n),
-    }
-    return Problem(cell, weights, jax.random.normal(keys[2], (b, n)), jax.random.normal(keys[3], (length, b, INPUTS)))
 
 
 def loss_through(problem: Problem, scan: Callable[..., Any]) -> Callable[..., jax.Array]:
@@ -102,7 +52,7 @@ def loss_through(problem: Problem, scan: Callable[..., Any]) -> Callable[..., ja
             return h, h
 
         final, states = scan(f, start, inputs)
-        return jnp.mean(states**2) + jnp.mean(final)
+        return jnp.stack([jnp.mean(leaf**2) for leaf in jax.tree.leaves(states)] + [jnp.mean(leaf) for leaf in jax.tree.leaves(final)]).sum()
 
     return loss
 
@@ -169,9 +119,9 @@ def gap(got: Any, want: Any) -> float:
     return max(float(jnp.linalg.norm(jnp.ravel(g - w)) / jnp.maximum(jnp.linalg.norm(jnp.ravel(w)), 1e-30)) for g, w in pairs)
 
 
-def gaps(row: str, runs: dict[str, Run]) -> dict[str, float]:
-    """How far every gradient is from that of `lax`, which must be near."""
-    want = runs["lax"].call()
+def gaps(row: str, runs: dict[str, Run], baseline: str = "lax") -> dict[str, float]:
+    """How far every gradient is from that of the baseline, which must be near."""
+    want = runs[baseline].call()
     found = {name: gap(run.call(), want) for name, run in runs.items()}
     if max(found.values()) > (1e-3 if jax.default_backend() == "cpu" else 1e-2):  # accelerators multiply in TF32 or bfloat16, if not told otherwise
         raise click.ClickException(f"{row}: gradients disagree, {found}")
@@ -244,9 +194,10 @@ def table(results: list[dict[str, Any]]) -> str:
 @click.option("--json", "path", type=click.Path(dir_okay=False, path_type=Path), help="Also write every figure to this file.")
 def main(rows: tuple[str, ...], length: int, pairs: int, extra: tuple[str, ...], jobs: int, seed: int, path: Path | None) -> None:
     for row in rows:
-        parts = row.split(":")
-        if len(parts) not in (3, 4) or parts[0] not in CELLS or not all(p.isdigit() and int(p) for p in parts[1:]):
-            raise click.BadParameter(f"{row!r} is not CELL:B:N[:T] with CELL one of {', '.join(CELLS)} and B, N, T positive integers", param_hint="--row")
+        try:
+            parse(row, length)
+        except ValueError as error:
+            raise click.BadParameter(str(error), param_hint="--row") from None
     chosen = rows or (ROWS if jax.default_backend() == "cpu" else GPU_ROWS)
     device = jax.devices()[0]
     where = f"{device.device_kind}, {platform.machine()}, jax {jax.__version__}, Python {platform.python_version()}, float32"

@@ -22,7 +22,8 @@ from typing import Any
 import click
 import jax
 import numpy as np
-from bench import Problem, chosen, gaps, gradient, interleaved, loss_through, make
+from bench import chosen, gaps, gradient, interleaved, loss_through
+from problems import Problem, make
 from tqdm import tqdm
 
 import parscan

@@ -19,7 +19,8 @@ import click
 import jax
 import jax.numpy as jnp
 import numpy as np
-from bench import gap, gru, seconds
+from bench import gap, seconds
+from problems import gru
 from tqdm import tqdm
 
 import parscan

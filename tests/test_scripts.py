@@ -6,9 +6,14 @@ import functools
 import json
 
 import pytest
-from support import run_script
+from support import ROOT, run_script
 
 run = functools.partial(run_script, without=("XLA_FLAGS",))  # compiled as for any user: with none of the suite's settings for XLA
+
+
+@pytest.fixture
+def scripts_on_path(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "scripts")
 
 
 def test_train_on_real_series(tmp_path):
@@ -77,7 +82,46 @@ def test_bench_memory_measures_what_it_says(tmp_path):
     assert len(result["guard"]) == 6 and done.stdout.count("\n| ") == 11
 
 
+def test_bench_auto_measures_judges_and_goes_on(tmp_path):
+    path = tmp_path / "auto.json"
+    asked = ("--rounds", 3, "--most", 3e5, "--unroll", 1, "--unroll", 2, "--json", path)
+    assert run("bench_auto.py", "--count", 1, *asked).returncode == 0
+    (first,) = json.loads(path.read_text())["results"]
+    assert {"lax 1", "lax 2", "sequential", "auto"} <= set(first["seconds"]) and {len(times) for times in first["seconds"].values()} == {3}
+    done = run("bench_auto.py", "--count", 2, *asked)
+    assert done.returncode == 0, done.stderr
+    kept, second = json.loads(path.read_text())["results"]
+    assert kept == first and second["row"] != first["row"]
+    assert "2 problems" in done.stdout and "within 1.25" in done.stdout
+    for file, said in ((path, "seed 0"), (tmp_path / "broken.json", "no file of results")):
+        (tmp_path / "broken.json").write_text("{")
+        done = run("bench_auto.py", "--seed", 1, "--json", file)
+        assert done.returncode == 2 and "Traceback" not in done.stderr and said in " ".join(done.stderr.split())
+
+
+def test_bench_auto_calls_lost_what_is_behind_beyond_the_spread(scripts_on_path):
+    from bench_auto import judged
+
+    row = {"row": "rnn:4:8:1000", "auto": "Walk()", "reason": ""}
+    behind = judged({**row, "seconds": {"lax 1": [4.0] * 4, "lax 2": [2.0] * 4, "sequential": [1.0] * 4, "auto": [1.2] * 4}})
+    assert (behind["lost"], behind["base"], behind["coordinates"]) == (True, "sequential", 32)
+    assert abs(behind["gain"] - 4 / 1.2) < 1e-9 and abs(behind["own"] - 1.2) < 1e-9
+    assert not judged({**row, "seconds": {"lax 1": [4.0] * 4, "sequential": [1.0] * 4, "auto": [1.0, 1.0, 1.3, 1.3]}})["lost"]
+    unrolled = judged({**row, "seconds": {"lax 1": [2.0] * 4, "lax 4": [1.0] * 4, "sequential": [3.0] * 4, "auto": [2.0] * 4}})
+    assert (unrolled["lost"], unrolled["base"], unrolled["own"]) == (True, "lax 4", 1.0)
+
+
+def test_problems_are_drawn_from_the_seed(scripts_on_path):
+    from problems import CELLS, draw, parse
+
+    rows = draw(3, 150)
+    assert rows == draw(3, 150) != draw(4, 150)
+    assert len(set(rows)) == 150 and {parse(row, 0)[0] for row in rows} == set(CELLS)
+
+
 def test_bench_complains_in_one_line():
+    done = run("bench.py", "--row", "pairs:2:3")
+    assert done.returncode == 2 and "even in number" in done.stderr
     done = run("bench.py", "--row", "lstm:2")
     assert done.returncode == 2 and "Traceback" not in done.stderr and "CELL:B:N" in done.stderr
 
@@ -89,7 +133,7 @@ def test_conformance_complains_in_one_line(tmp_path):
     assert done.returncode == 1 and "Traceback" not in done.stderr and "/nowhere/python" in done.stderr
 
 
-@pytest.mark.parametrize("script", ["train.py", "bench.py", "draw_tree.py", "conformance.py", "accuracy.py", "bench_memory.py"])
+@pytest.mark.parametrize("script", ["train.py", "bench.py", "draw_tree.py", "conformance.py", "accuracy.py", "bench_memory.py", "bench_auto.py"])
 def test_help_has_real_text(script):
     done = run(script, "--help")
     assert done.returncode == 0
