@@ -76,8 +76,8 @@ def compiled(f: Callable[..., Any], *args: Any) -> Run:
 
 
 def gradient(problem: Problem, scan: Callable[..., Any]) -> Run:
-    """The loss and its gradient in weights and start."""
-    return compiled(jax.value_and_grad(loss_through(problem, scan), (0, 1)), *problem[1:])
+    """The loss and its gradient in weights and start; in start and inputs, if there are no weights."""
+    return compiled(jax.value_and_grad(loss_through(problem, scan), (0, 1) if problem.weights else (1, 2)), *problem[1:])
 
 
 @functools.cache

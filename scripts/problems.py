@@ -14,7 +14,7 @@ Weights = dict[str, jax.Array]
 
 
 class Problem(NamedTuple):
-    """A cell (weights, state, input) -> state, its weights, the initial states (B, n) or a pytree of such, the inputs (T, B, 4)."""
+    """A cell (weights, state, input) -> state, its weights, if any, the initial states and the inputs of all steps: (B, n), (T, B, 4) for most."""
 
     cell: Callable[[Any, Any, jax.Array], Any]
     weights: Weights
@@ -62,13 +62,13 @@ def linear(weights: Weights, h: jax.Array, x: jax.Array) -> jax.Array:
 
 def elementwise(weights: Weights, h: jax.Array, x: jax.Array) -> jax.Array:
     """h' = tanh(a h + x U + b)."""
-    return jnp.tanh(weights["W"][0] * h + x @ weights["U"] + weights["b"])
+    return jnp.tanh(weights["W"] * h + x @ weights["U"] + weights["b"])
 
 
 def gated(weights: Weights, h: jax.Array, x: jax.Array) -> jax.Array:
     """A real-gated linear recurrent unit: h' = a h + √(1 - a²) i v, where a, i and v depend on the input alone (De et al. 2024)."""
     r, i, v = jnp.split(x @ weights["U"] + weights["b"], 3, axis=-1)
-    a = jnp.exp(-8 * jax.nn.softplus(weights["W"][0, : h.shape[-1]]) * jax.nn.sigmoid(r))
+    a = jnp.exp(-8 * jax.nn.softplus(weights["W"]) * jax.nn.sigmoid(r))
     return a * h + jnp.sqrt(1 - a**2) * jax.nn.sigmoid(i) * v
 
 
@@ -81,11 +81,50 @@ def pairs(weights: Weights, h: jax.Array, x: jax.Array) -> jax.Array:
     return jnp.tanh(jnp.concatenate([c * p - s * q + force, s * p + c * q], axis=-1))
 
 
-CELLS: dict[str, tuple[Any, int]] = {
-    **{"rnn": (rnn, 1), "gru": (gru, 3), "lstm": (lstm, 4), "residual": (residual, 1), "ode": (ode, 1)},
-    **{"linear": (linear, 1), "elementwise": (elementwise, 1), "gated": (gated, 3), "pairs": (pairs, 1)},
-}  # and columns of the products, in widths
-FEW = ("linear", "elementwise", "gated", "pairs")  # of little arithmetic a coordinate
+def decay(weights: Weights, h: jax.Array, x: jax.Array) -> jax.Array:
+    """h' = a h + √(1 - a²) b, where a and b have been computed for all steps before, as in a state-space layer."""
+    a = jax.nn.sigmoid(x[0])
+    return a * h + jnp.sqrt(1 - a**2) * x[1]
+
+
+def rotation(weights: Weights, h: jax.Array, x: jax.Array) -> jax.Array:
+    """Coordinates that turn in pairs and are damped, angles and forces having been computed before; h (B, 2, n / 2)."""
+    p, q = h[:, 0], h[:, 1]
+    c, s = jnp.cos(x[0]), jnp.sin(x[0])
+    return jnp.tanh(jnp.stack([c * p - s * q + x[1], s * p + c * q], axis=1))
+
+
+def delta(weights: Weights, h: jax.Array, x: jax.Array) -> jax.Array:
+    """The delta rule: h' = h - k kᵀ h / kᵀk + v; h (n, B) is a memory of B numbers a key."""
+    k, v = x[:, 0], x[:, 1:]
+    return h - jnp.outer(k, k @ h) / (k @ k) + v
+
+
+class Cell(NamedTuple):
+    """A step; the columns of its products, in widths; its state and its input for B and n, where they are no (B, n) and (B, 4); whether n is even."""
+
+    step: Callable[[Any, Any, jax.Array], Any]
+    columns: int = 0
+    state: Callable[[int, int], tuple[int, ...]] = lambda b, n: (b, n)
+    input: Callable[[int, int], tuple[int, ...]] = lambda b, n: (b, INPUTS)
+    even: bool = False
+
+
+CELLS = {
+    "rnn": Cell(rnn, 1),
+    "gru": Cell(gru, 3),
+    "lstm": Cell(lstm, 4),
+    "residual": Cell(residual, 2),
+    "ode": Cell(ode, 2),
+    "linear": Cell(linear, 1),
+    "elementwise": Cell(elementwise, 1),
+    "gated": Cell(gated, 3),
+    "pairs": Cell(pairs, 1, even=True),
+    "decay": Cell(decay, input=lambda b, n: (2, b, n)),
+    "rotation": Cell(rotation, state=lambda b, n: (b, 2, n // 2), input=lambda b, n: (2, b, n // 2), even=True),
+    "delta": Cell(delta, state=lambda b, n: (n, b), input=lambda b, n: (n, b + 1)),
+}
+FEW = ("elementwise", "gated", "pairs", "decay", "rotation", "delta")  # of a few operations a coordinate
 
 
 def parse(row: str, length: int) -> tuple[str, int, int, int]:
@@ -97,7 +136,7 @@ def parse(row: str, length: int) -> tuple[str, int, int, int]:
     parts = row.split(":")
     if len(parts) not in (3, 4) or parts[0] not in CELLS or not all(p.isdigit() and int(p) for p in parts[1:]):
         raise ValueError(f"{row!r} is not CELL:B:N[:T] with CELL one of {', '.join(CELLS)} and B, N, T positive integers")
-    if parts[0] == "pairs" and int(parts[2]) % 2:
+    if CELLS[parts[0]].even and int(parts[2]) % 2:
         raise ValueError(f"{row!r}: coordinates that turn in pairs are even in number")
     return parts[0], int(parts[1]), int(parts[2]), int(parts[3]) if len(parts) == 4 else length
 
@@ -105,17 +144,21 @@ def parse(row: str, length: int) -> tuple[str, int, int, int]:
 def make(row: str, length: int, seed: int) -> Problem:
     """The problem of a row."""
     name, b, n, length = parse(row, length)
-    cell, columns = CELLS[name]
-    keys = jax.random.split(jax.random.key(seed), 5)
-    weights = {
-        "W": 0.9 * jax.random.normal(keys[0], (n, columns * n)) / n**0.5,
-        "U": 0.5 * jax.random.normal(keys[1], (INPUTS, columns * n)),
-        "b": jnp.zeros(columns * n),
-    }
+    cell, columns, state, given, _ = CELLS[name]
+    keys, weights = jax.random.split(jax.random.key(seed), 5), {}
+    if columns:
+        wide = {"residual": 1, "ode": 1}.get(name, columns) * n
+        weights = {
+            "W": 0.9 * jax.random.normal(keys[0], (n,) if name in FEW else (n, wide)) / (1 if name in FEW else n**0.5),
+            "U": 0.5 * jax.random.normal(keys[1], (INPUTS, wide)),
+            "b": jnp.zeros(wide),
+        }
+    if name == "pairs":
+        del weights["W"]
     if name == "residual":
         weights["V"] = 0.9 * jax.random.normal(keys[4], (n, n)) / n**0.5
-    start = jax.random.normal(keys[2], (b, n))
-    return Problem(cell, weights, (start, start) if name == "lstm" else start, jax.random.normal(keys[3], (length, b, INPUTS)))
+    start = jax.random.normal(keys[2], state(b, n))
+    return Problem(cell, weights, (start, start) if name == "lstm" else start, jax.random.normal(keys[3], (length, *given(b, n))))
 
 
 def draw(seed: int, count: int, *, most: float = 1e8) -> list[str]:
@@ -129,7 +172,7 @@ def draw(seed: int, count: int, *, most: float = 1e8) -> list[str]:
         name = str(random.choice(list(CELLS)))
         b, n, length = (round(2 ** random.uniform(lo, hi)) for lo, hi in ((0, 8), (1, 6), (6, 15)))
         n += n % 2
-        row, (_, columns) = f"{name}:{b}:{n}:{length}", CELLS[name]
-        if length * b * n * columns * (INPUTS + 20 + (0 if name in FEW[1:] else n)) <= most and row not in rows:
+        row, columns = f"{name}:{b}:{n}:{length}", max(CELLS[name].columns, 1)
+        if length * b * n * columns * (INPUTS + 20 + (0 if name in FEW else n)) <= most and row not in rows:
             rows.append(row)
     return rows
