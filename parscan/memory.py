@@ -19,6 +19,7 @@ from parscan.structure import Structure
 
 SHARE = 0.5  # of the device's memory that a backward pass may take unless told otherwise
 LITTLE = 2**26  # bytes on an accelerator that nobody misses, where every segment makes the device wait
+LITTLE_ON_CPU = 2**20  # bytes that stay in cache
 BESIDE = 10  # times the states of a chain that a whole gradient holds beside: inputs, outputs, cotangents of all, what the guard compares; as on a GPU
 COPIES = {Walk: 2, Associative: 5}  # of every map formed, with its products and what the guard compares: as XLA's buffers show; the others 3
 
@@ -84,7 +85,7 @@ def fitting(
         if method.is_parallel and not modest:  # what was chosen is never refused
             raise ValueError(_too_much(method, size, need(size), beside, device, structures, fits))
     # Half of what the loop keeps: the chain's states and cotangents are held beside.
-    enough = max(sum(step.count * of_variables(step) for step in steps) / 2, 0 if platform == "cpu" else LITTLE)
+    enough = max(sum(step.count * of_variables(step) for step in steps) / 2, LITTLE_ON_CPU if platform == "cpu" else LITTLE)
     if modest and asked is None and need(size) > enough:
         fits = max(1, _longest(need, longest, size, enough))
         return replace(method, segment=fits), f"; in segments of {fits}, to hold no more than the loop's own backward pass does"

@@ -9,10 +9,10 @@ from typing import NamedTuple
 
 import jax
 
-from parscan import memory
+from parscan import memory, timing
 from parscan.claims import Claim
 from parscan.costs import Step
-from parscan.jaxprs import Program, bytes_of_variables, flops, has_products, obstacle
+from parscan.jaxprs import Program, has_products, obstacle
 from parscan.layout import blocks_in_words
 from parscan.methods import Associative, Chunked, Lax, Method, Sequential, Travelling, Tree, Walk
 from parscan.order import Order
@@ -37,12 +37,8 @@ class Stretch(NamedTuple):
 
 
 SEGMENT_ENTRIES = 2**17  # numbers in the Jacobians that a walk forms at once: they stay in cache
-CPU_STATE = 1024  # B·n² up to which forming and walking beats a loop on a CPU
-CPU_BLOCKS = 64  # blocks up to which it does
-CPU_STEP = 2**13  # operations of a step up to which a loop waits more than it computes
-FUSES_LOOPS = jax.__version_info__ >= (0, 12)  # whether XLA makes one kernel of the body of any loop on a CPU
-CPU_SMALL_LOOP = 512  # bytes of all variables of a step up to which it did before
-CPU_LIGHT, CPU_LITTLE = 8, 512  # operations a coordinate, or in all, up to which a step without products waits more than it computes
+CPU_STATE = 2**14  # entries of a step's Jacobian from which on no walk over them is thought of on a CPU
+SURELY = {"Lax": 0.85, "Sequential": 0.85, "Walk": 0.75}  # of the favourite's time that a method must be told to take to be chosen before it
 ACCELERATOR_LENGTH = 64  # steps from which on it is worth while there
 ACCELERATOR_STATE = 2**18  # B·n² up to which chunk matrices are worth their products on an accelerator
 
@@ -193,15 +189,7 @@ def _chosen(step: Step, structure: Structure, fallback: Method, platform: str) -
     if step.program.recomputes:
         return fallback, "a `jax.checkpoint` in the step asks for little memory, which batching all steps would not keep to"
     if platform == "cpu":
-        if blocks == 1 or width == 1 or not has_products(step.program.jaxpr):
-            return _fused_on_cpu(step.program, sum(a.size for a, _ in pairs), name, fallback)
-        if flops(step.program.jaxpr) > CPU_STEP:
-            return Lax(), f"{name} on a CPU: a step computes enough that a loop hardly waits"
-        if state <= CPU_STATE and blocks <= CPU_BLOCKS:
-            if jax.device_count() > 1:
-                return Sequential(), f"{name} on a CPU: over several devices the answer of a walk's guard would be a collective"
-            return Walk(), f"{name} on a CPU: forming their Jacobians and walking them is cheaper than a loop of VJPs"
-        return fallback, f"{name} on a CPU: the arithmetic of matrix products outweighs the loop's overhead"
+        return _quickest_on_cpu(step, structure, name, state, fallback)
     if structure.kind in ("Identity", "Permutation"):
         return Tree(), f"{name} on {platform}: products of the Jacobians cost no more than they do"
     if state <= ACCELERATOR_STATE and structure.same:
@@ -216,18 +204,28 @@ def _chosen(step: Step, structure: Structure, fallback: Method, platform: str) -
     return fallback, f"{name} on {platform}: too much arithmetic for matrix products to pay"
 
 
-def _fused_on_cpu(program: Program, coordinates: int, name: str, fallback: Method) -> tuple[Method, str]:
-    """Steps of one block, elementwise ones, and those without matrix products: the loop is as fast as it can be if XLA makes one kernel of its body.
+def _quickest_on_cpu(step: Step, structure: Structure, name: str, entries: int, fallback: Method) -> tuple[Method, str]:
+    """The method that is told to take the least time: JAX's own loop, one of the states' cotangents alone, or a walk over Jacobians.
 
-    XLA's compiler for CPUs did so for loops over little memory alone before JAX 0.12, and ran any other kernel by kernel.
+    No model is exact, so one of them is favoured: JAX's loop where XLA makes a kernel of each of its two passes, else the loop of cotangents. A loop that
+    is told to be a little faster than the favourite is not taken.
     """
-    if FUSES_LOOPS or bytes_of_variables(program.jaxpr) < CPU_SMALL_LOOP:
-        return fallback, f"{name} on a CPU: XLA fuses each step of the loop into one kernel"
-    if program.has_branches:
+    if step.program.has_branches:
         return fallback, f"{name} on a CPU: the loop takes one branch of a `cond`, all steps at once take every one"
-    if not has_products(program.jaxpr) and flops(program.jaxpr) > max(CPU_LIGHT * coordinates, CPU_LITTLE):
-        return fallback, f"{name} on a CPU: a step computes more than its loop waits"
-    return Sequential(), f"{name} on a CPU: this JAX runs a loop of VJPs kernel by kernel, one of the states' cotangents alone is cheaper"
+    found = timing.parts(step.program)
+    if found is None:
+        return fallback, f"{name} on a CPU: a loop of unknown length in the step, which JAX cannot transpose"
+    methods: dict[str, Method] = {"Lax": Lax(), "Sequential": Sequential()}
+    # Over several devices the answer of a walk's guard would be a collective.
+    if jax.device_count() == 1 and entries <= CPU_STATE:
+        methods["Walk"] = sized(Walk(), step.count, blocks_of([structure]))
+    told = {name: timing.seconds(step, structure, method, timing.cpu()) or 0.0 for name, method in methods.items()}
+    favourite = "Lax" if found.waits_little else "Sequential"
+    weighed = {name: time / (1 if name == favourite else SURELY[name]) for name, time in told.items()}
+    best = min(weighed, key=weighed.__getitem__)
+    each = ", ".join(f"{name} {timing.in_words(time)}" for name, time in told.items())
+    chosen = methods[best] if best != "Walk" else Walk()
+    return chosen, f"{name} on a CPU: {best} is told to take the least time, or about that ({each})"
 
 
 def sized(method: Method, length: int, blocks: dict[int, int]) -> Method:

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from parscan import planning
+from parscan import planning, timing
 from parscan.jaxprs import Flat, trace
 from parscan.methods import Lax
 
@@ -80,7 +80,7 @@ def test_auto(step, shape, before, since, accelerator, monkeypatch):
     program, _, _ = trace(lambda _, h, x: step(h, x).astype("float32"), Flat.of(()), Flat.of(aval), Flat.of(aval))
 
     def chosen(platform, fuses=True):
-        monkeypatch.setattr(planning, "FUSES_LOOPS", fuses)
+        monkeypatch.setattr(timing, "FUSES_LOOPS", fuses)
         return type(planning.plan_for(program, 1000, None, None, fallback=Lax(), platform=platform)[0].method).__name__
 
     assert (chosen("cpu", fuses=False), chosen("cpu"), chosen("gpu")) == (before, since, accelerator)

@@ -9,7 +9,7 @@ from jax import lax
 from support import LOG_DEPTH, equations, long_loops, make_chain, make_cotangents, rnn_problem
 
 import parscan
-from parscan.planning import FUSES_LOOPS
+from parscan.timing import FUSES_LOOPS
 
 CHUNK = 8
 ONLY_THE_CARRY = ((3, 4), "float64")

@@ -1,7 +1,7 @@
 """All reading of jaxprs: their parameters change between JAX releases, so nobody else looks inside one."""
 
 from parscan.jaxprs.contraction import contracted
-from parscan.jaxprs.cost import bytes_of_variables, flops, flops_on, has_products, masks_nothing, moves_only
+from parscan.jaxprs.cost import Work, bytes_of_variables, flops, flops_on, has_products, masks_nothing, moves_only, residuals, work, work_on
 from parscan.jaxprs.dependence import Dependence, Mixing, dependence, influenced_by, mixings
 from parscan.jaxprs.elements import components, pattern
 from parscan.jaxprs.factors import Cut, Separable, cuts, separable
@@ -18,6 +18,7 @@ __all__ = [
     "Mixing",
     "Program",
     "Separable",
+    "Work",
     "bytes_of_variables",
     "components",
     "contracted",
@@ -39,8 +40,11 @@ __all__ = [
     "pattern",
     "roundoff",
     "separable",
+    "residuals",
     "slice_spec",
     "staged",
     "trace",
     "variation",
+    "work",
+    "work_on",
 ]

@@ -4,57 +4,127 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from jax.extend import core
 
 from parscan.jaxprs.program import AnyJaxpr, equations, open_jaxpr, sub_jaxprs
 
 
-def flops(jaxpr: AnyJaxpr) -> int:
-    """Floating-point operations: two for each multiply-add of a product, one for each element of anything else that computes."""
-    return sum(_of(eqn) for eqn in open_jaxpr(jaxpr).eqns)
+class Work(NamedTuple):
+    """What a program computes.
+
+    calls: products of two matrices, each of several rows and columns, and convolutions: compilers call a library for them.
+    batched: the single products in those that are batched.
+    kernels: other parts that run one after another: every other product, every reduction, and what is computed entry by entry between two of these.
+    products: floating-point operations of products, two a multiply-add.
+    elements: entries that anything else computes, but for
+    functions: those of transcendental functions, of which sines count threefold.
+    """
+
+    calls: int = 0
+    batched: int = 0
+    kernels: int = 0
+    products: int = 0
+    elements: int = 0
+    functions: int = 0
+
+    def __add__(self, other: Any) -> Work:
+        return Work(*(a + b for a, b in zip(self, other, strict=True)))
+
+    def times(self, count: int) -> Work:
+        """So many times that."""
+        return Work(*(count * a for a in self))
+
+    @property
+    def flops(self) -> int:
+        """Floating-point operations, one for each element of anything but a product."""
+        return self.products + self.elements + self.functions
 
 
-def flops_on(jaxpr: AnyJaxpr, inputs: Sequence[int]) -> int:
-    """As `flops`, of the equations alone that depend on the inputs at these positions; a loop or branch that does counts whole.
+def work(jaxpr: AnyJaxpr) -> Work:
+    """Of all of a program; of branches the most expensive one, of a loop every round."""
+    groups: set[int] = set()
+    found, _ = _followed(jaxpr, [0] * len(open_jaxpr(jaxpr).invars), groups, whole=True)
+    return found + Work(kernels=len(groups))
+
+
+def work_on(jaxpr: AnyJaxpr, inputs: Sequence[int]) -> Work:
+    """Of the equations alone that depend on the inputs at these positions; a loop or branch that does counts whole.
 
     Of a derivative, asked about its tangents: what pushing one more vector costs, all else being at hand.
     """
-    total = 0
-    for eqn, touched in _touched(jaxpr, inputs):
-        inner = list(sub_jaxprs(list(eqn.params.values())))
-        called = len(inner) == 1 and eqn.primitive.name in ("jit", "pjit", "closed_call", "remat", "remat2", "checkpoint")
-        total += flops_on(inner[0], touched) if called else _of(eqn)
-    return total
+    groups: set[int] = set()
+    found, _ = _followed(jaxpr, [0 if i in inputs else None for i in range(len(open_jaxpr(jaxpr).invars))], groups, whole=False)
+    return found + Work(kernels=len(groups))
 
 
-def _touched(jaxpr: AnyJaxpr, inputs: Sequence[int]) -> Iterator[tuple[Any, list[int]]]:
-    """The equations that depend on these inputs, and which of their operands do."""
-    body = open_jaxpr(jaxpr)
-    reached = {body.invars[i] for i in inputs}
+def flops(jaxpr: AnyJaxpr) -> int:
+    """Floating-point operations: two for each multiply-add of a product, one for each element of anything else that computes."""
+    return work(jaxpr).flops
+
+
+def flops_on(jaxpr: AnyJaxpr, inputs: Sequence[int]) -> int:
+    """As `flops`, of what depends on these inputs; see `work_on`."""
+    return work_on(jaxpr, inputs).flops
+
+
+def _followed(jaxpr: AnyJaxpr, entering: Sequence[int | None], groups: set[int], whole: bool) -> tuple[Work, list[int | None]]:
+    """The work that depends on what enters, and at what level every output is: how many kernels of their own lie before it.
+
+    Args:
+        entering: the levels of the inputs, None for those that are not asked about.
+        groups: the levels at which anything is computed entry by entry, one kernel each; added to.
+        whole: count what depends on no input, too.
+    """
+    body, found = open_jaxpr(jaxpr), Work()
+    level = {v: at for v, at in zip(body.invars, entering, strict=True) if at is not None}
     for eqn in body.eqns:
-        touched = [i for i, a in enumerate(eqn.invars) if isinstance(a, core.Var) and a in reached]
-        if touched:
-            reached.update(eqn.outvars)
-            yield eqn, touched
+        ins = [level.get(a) if isinstance(a, core.Var) else None for a in eqn.invars]
+        at = max((i for i in ins if i is not None), default=0 if whole else None)
+        if at is None:
+            continue
+        inner = list(sub_jaxprs(list(eqn.params.values())))
+        if len(inner) == 1 and "length" not in eqn.params and len(open_jaxpr(inner[0]).invars) == len(ins):  # a call
+            one, outs = _followed(inner[0], ins, groups, whole)
+        else:
+            one = max(map(work, inner), key=lambda some: some.flops).times(eqn.params.get("length", 1)) if inner else _of(eqn)
+            if one.calls or one.kernels:
+                at += 1
+            elif one.flops:
+                groups.add(at)
+            outs = [at] * len(eqn.outvars)
+        found += one
+        level.update((v, to) for v, to in zip(eqn.outvars, outs, strict=True) if to is not None)
+    return found, [level.get(v) if isinstance(v, core.Var) else None for v in body.outvars]
 
 
 _MOVES = frozenset("broadcast_in_dim reshape transpose squeeze slice concatenate convert_element_type copy copy_p pad rev iota".split())
+_FUNCTIONS = dict.fromkeys("exp exp2 expm1 log log1p tanh logistic pow cbrt erf erfc erf_inv lgamma digamma asin acos atan atan2 sinh cosh".split(), 1)
+_FUNCTIONS |= dict.fromkeys("sin cos tan".split(), 3)
+_ALONE = frozenset("sort cumsum cumprod cummax cummin cumlogsumexp cholesky triangular_solve lu qr eigh svd fft top_k".split())
 
 
-def _of(eqn: Any) -> int:
-    inner = list(sub_jaxprs(list(eqn.params.values())))
-    if inner:
-        return max(map(flops, inner)) * eqn.params.get("length", 1)
-    size = sum(math.prod(v.aval.shape) for v in eqn.outvars if hasattr(v.aval, "shape"))
-    if eqn.primitive.name == "dot_general":
-        (contracted, _), _ = eqn.params["dimension_numbers"]
-        return 2 * size * math.prod(eqn.invars[0].aval.shape[d] for d in contracted)
-    if eqn.primitive.name == "conv_general_dilated":
+def _of(eqn: Any) -> Work:
+    """Of one equation that calls nothing."""
+    name, size = eqn.primitive.name, sum(math.prod(v.aval.shape) for v in eqn.outvars if hasattr(v.aval, "shape"))
+    if name == "dot_general":
+        (contracted, _), (batched, _) = eqn.params["dimension_numbers"]
+        shape = eqn.invars[0].aval.shape
+        inner, outer = (math.prod(shape[d] for d in dims) for dims in (contracted, batched))
+        free = math.prod(shape) // max(inner * outer, 1)
+        if inner == 1:  # compilers make a multiplication of it
+            return Work(elements=size)
+        call = int(1 < free < size // max(outer, 1))
+        return Work(call, outer if batched else 0, 1 - call, products=2 * size * inner)
+    if name == "conv_general_dilated":
         kernel = eqn.invars[1].aval.shape
-        return 2 * size * math.prod(kernel) // max(kernel[eqn.params["dimension_numbers"].rhs_spec[0]], 1)
-    return 0 if eqn.primitive.name in _MOVES else size
+        return Work(1, products=2 * size * math.prod(kernel) // max(kernel[eqn.params["dimension_numbers"].rhs_spec[0]], 1))
+    if name in _MOVES:
+        return Work()
+    if name in _FUNCTIONS:
+        return Work(functions=_FUNCTIONS[name] * size)
+    return Work(kernels=int(name in _ALONE or name.startswith(("reduce", "arg", "scatter"))), elements=size)
 
 
 def has_products(jaxpr: AnyJaxpr) -> bool:
@@ -73,6 +143,28 @@ def bytes_of_variables(jaxpr: AnyJaxpr) -> int:
 def _bytes_of(variables: Sequence[Any]) -> int:
     avals = [v.aval for v in variables]
     return sum(math.prod(aval.shape) * aval.dtype.itemsize for aval in avals if hasattr(aval, "shape"))
+
+
+def _touched(jaxpr: AnyJaxpr, inputs: Sequence[int]) -> Iterator[tuple[Any, list[int]]]:
+    """The equations that depend on these inputs, and which of their operands do."""
+    body = open_jaxpr(jaxpr)
+    reached = {body.invars[i] for i in inputs}
+    for eqn in body.eqns:
+        touched = [i for i, a in enumerate(eqn.invars) if isinstance(a, core.Var) and a in reached]
+        if touched:
+            reached.update(eqn.outvars)
+            yield eqn, touched
+
+
+def residuals(jaxpr: AnyJaxpr, inputs: Sequence[int], shared: Sequence[int] = ()) -> tuple[int, int]:
+    """What is known without these inputs and read by what depends on them, but for the `shared` inputs: how many arrays, and their entries.
+
+    Of a pull-back, asked about the cotangents: what a loop keeps for it of every step.
+    """
+    body = open_jaxpr(jaxpr)
+    apart = {body.invars[i] for i in (*inputs, *shared)}
+    read = {a for eqn, touched in _touched(jaxpr, inputs) for i, a in enumerate(eqn.invars) if isinstance(a, core.Var) and i not in touched} - apart
+    return len(read), sum(math.prod(v.aval.shape) for v in read)
 
 
 _LINEAR = _MOVES | frozenset("add add_any sub neg mul div dot_general reduce_sum split stack unstack conv_general_dilated rev jit pjit".split())
