@@ -9,17 +9,19 @@ The J_i are independent of one another, and affine maps compose associatively: t
 O(log L) instead of L. Notation used throughout: L steps; n coordinates of the state, in B blocks of width m that never mix;
 *tangents* travel with the chain, *cotangents* against it; a value *enters* and *leaves* each map.
 
-Public names: `scan`, `chain`, `forward`, `parallel_backward`, `linear_scan`, `plan`, `replacing_lax_scan`; the methods `Lax`, `Sequential`, `Walk`,
-`Associative`, `Tree`, `Chunked`; the claim `Blocks`; the Jacobian kinds `Dense`, `Diagonal`, `BlockDiagonal`; the results `Gradients`, `Plan`;
-`testing.check_structure`.
+Public names: `scan`, `chain`, `forward`, `parallel_backward`, `linear_scan`, `plan`, `calibrate`, `calibration`, `replacing_lax_scan`; the methods
+`Lax`, `Sequential`, `Walk`, `Associative`, `Tree`, `Chunked`; the claim `Blocks`; the Jacobian kinds `Dense`, `Diagonal`, `BlockDiagonal`; the results
+`Gradients`, `Plan`, `Measured` with its `Machine`; `testing.check_structure`.
 """
 
 from parscan import testing
 from parscan.backward import Gradients, parallel_backward
+from parscan.calibrating import Measured, calibrate, calibration
 from parscan.chains import chain, forward
 from parscan.claims import Band, Blocks
 from parscan.jacobians import Banded, BlockDiagonal, Dense, Diagonal, DirectSum, Identity, Kronecker, LowRank, Pattern, Permutation, Sparse
 from parscan.linear import linear_scan
+from parscan.machines import Machine
 from parscan.methods import Associative, Chunked, Lax, Method, Sequential, Tree, Walk
 from parscan.plans import plan
 from parscan.replacing import replacing_lax_scan
@@ -43,6 +45,8 @@ __all__ = [
     "Kronecker",
     "Lax",
     "LowRank",
+    "Machine",
+    "Measured",
     "Method",
     "Pattern",
     "Permutation",
@@ -51,6 +55,8 @@ __all__ = [
     "Sparse",
     "Tree",
     "Walk",
+    "calibrate",
+    "calibration",
     "chain",
     "forward",
     "linear_scan",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import jax
@@ -11,7 +12,9 @@ from jax import lax
 
 from parscan import checks
 from parscan.claims import Claim, parse_structure
+from parscan.costs import Step
 from parscan.debug import Watch
+from parscan.jaxprs import Program, jit_unless_staged
 from parscan.methods import Lax, Method, Travelling, parse_method
 from parscan.network import Network, check_layers, is_sequence, read_sequence, read_stacked
 from parscan.planning import plan_chain
@@ -145,11 +148,33 @@ def _run(network: Network, method: Method | None, claim: Claim | None, watch: Wa
     return h, leaving
 
 
-def _by_jax(step: Any, consts: list, h: list, xs: list, stored: bool) -> tuple[list, list]:
-    if stored or not step.repeats:
-        h, _, entering = run_steps(step.program, consts, h, xs, step.count, repeats=step.repeats)
-        return h, entering
-    return lax.scan(lambda h, x: step.program(consts, h, x), h, xs, step.count)[0], []
+@dataclass(frozen=True)
+class _Loop:
+    """Equal layers that are left to JAX. stored: keep what enters each."""
+
+    program: Program
+    count: int
+    stored: bool
+
+    @property
+    def is_portable(self) -> bool:
+        return self.program.is_portable
+
+    def run(self, consts: list, h: list, xs: list) -> tuple[list, list]:
+        if self.stored:
+            h, _, entering = run_steps(self.program, consts, h, xs, self.count, repeats=True)
+            return h, entering
+        return lax.scan(lambda h, x: self.program(consts, h, x), h, xs, self.count)[0], []
+
+
+_looped = jit_unless_staged(_Loop.run)
+
+
+def _by_jax(step: Step, consts: list, h: list, xs: list, stored: bool) -> tuple[list, list]:
+    if step.repeats:
+        return _looped(_Loop(step.program, step.count, stored), consts, h, xs)
+    h, _, entering = run_steps(step.program, consts, h, xs, step.count, repeats=False)
+    return h, entering
 
 
 def _leaving(entering: list[list], final: list) -> list[list]:

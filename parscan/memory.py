@@ -14,12 +14,11 @@ import numpy as np
 from parscan.checks import dtype_of
 from parscan.costs import Step, abstract, human, state_bytes
 from parscan.jaxprs import bytes_of_variables
-from parscan.methods import Associative, Chunked, Sequential, Travelling, Walk
+from parscan.methods import Associative, Chunked, Method, Sequential, Travelling, Walk
 from parscan.structure import Structure
 
 SHARE = 0.5  # of the device's memory that a backward pass may take unless told otherwise
-LITTLE = 2**26  # bytes on an accelerator that nobody misses, where every segment makes the device wait
-LITTLE_ON_CPU = 2**20  # bytes that stay in cache
+LITTLE = 2**26  # bytes that nobody misses, where every segment costs a start of all that is computed at once
 BESIDE = 10  # times the states of a chain that a whole gradient holds beside: inputs, outputs, cotangents of all, what the guard compares; as on a GPU
 COPIES = {Walk: 2, Associative: 5}  # of every map formed, with its products and what the guard compares: as XLA's buffers show; the others 3
 
@@ -41,6 +40,13 @@ def held(step: Step, structure: Structure, method: Travelling, count: int) -> in
         case _:
             maps = COPIES.get(type(method), 3) * (1 if structure.same else count) * abstract(forms, dtype).nbytes
     return count * of_variables(step) + maps
+
+
+def of_gradient(step: Step, structure: Structure, method: Method) -> int:
+    """Bytes that a gradient of a recurrence holds at once, about."""
+    if not isinstance(method, Travelling):
+        return step.count * of_variables(step)
+    return 2 * step.count * state_bytes(step.program) + held(step, structure, method, min(method.segment or step.count, step.count))
 
 
 @functools.cache
@@ -85,7 +91,7 @@ def fitting(
         if method.is_parallel and not modest:  # what was chosen is never refused
             raise ValueError(_too_much(method, size, need(size), beside, device, structures, fits))
     # Half of what the loop keeps: the chain's states and cotangents are held beside.
-    enough = max(sum(step.count * of_variables(step) for step in steps) / 2, LITTLE_ON_CPU if platform == "cpu" else LITTLE)
+    enough = max(sum(step.count * of_variables(step) for step in steps) / 2, LITTLE)
     if modest and asked is None and need(size) > enough:
         fits = max(1, _longest(need, longest, size, enough))
         return replace(method, segment=fits), f"; in segments of {fits}, to hold no more than the loop's own backward pass does"

@@ -17,7 +17,7 @@ Segments follow one another, and each has the memory of the one before. `Lax()` 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 from parscan.checks import integer
@@ -185,3 +185,23 @@ def parse_method(method: Any) -> Method | None:
     known = ", ".join(repr(name) for name in ("auto", *BY_NAME))
     kind = ValueError if isinstance(method, str) else TypeError
     raise kind(f"`method` must be one of {known}, or a value such as parscan.Chunked(size=16); got {method!r}.")
+
+
+SEGMENT_ENTRIES = 2**17  # numbers in the Jacobians that a walk forms at once: they stay in cache
+
+
+def sized(method: Method, length: int, blocks: dict[int, int]) -> Method:
+    """The method with every size that was left open chosen; blocks: from size to how many."""
+    match method:
+        case Walk(segment=None):
+            entries = sum(count * width**2 for width, count in blocks.items())
+            return replace(method, segment=_divisor_near(length, max(1, min(length, max(32, SEGMENT_ENTRIES // max(1, entries))))))
+        case Chunked(size=None):
+            return replace(method, size=max(1, min(8 if max(blocks) < 48 else 32, length)))
+    return method
+
+
+def _divisor_near(length: int, target: int) -> int:
+    """A divisor of `length` between half the target and twice it, the nearest by ratio; else the target: the rest goes apart."""
+    fitting = [d for d in range(max(1, target // 2), 2 * target + 1) if length % d == 0]
+    return min(fitting, key=lambda d: max(d / target, target / d), default=min(target, max(length, 1)))

@@ -14,7 +14,8 @@ from parscan.claims import Claim
 from parscan.costs import Step
 from parscan.jaxprs import Program, has_products, obstacle
 from parscan.layout import blocks_in_words
-from parscan.methods import Associative, Chunked, Lax, Method, Sequential, Travelling, Tree, Walk
+from parscan.machines import machine
+from parscan.methods import Associative, Chunked, Lax, Method, Sequential, Travelling, Tree, Walk, sized
 from parscan.order import Order
 from parscan.report import Given, Plan
 from parscan.several import order_of_products
@@ -36,7 +37,6 @@ class Stretch(NamedTuple):
     order: Order | None = None
 
 
-SEGMENT_ENTRIES = 2**17  # numbers in the Jacobians that a walk forms at once: they stay in cache
 CPU_STATE = 2**14  # entries of a step's Jacobian from which on no walk over them is thought of on a CPU
 SURELY = {"Lax": 0.85, "Sequential": 0.85, "Walk": 0.75}  # of the favourite's time that a method must be told to take to be chosen before it
 ACCELERATOR_LENGTH = 64  # steps from which on it is worth while there
@@ -73,7 +73,7 @@ def plan_chain(
         return Plan("none", {}, fallback, "no layers", 0), []
     everything, platform = slice(0, len(steps)), platform or jax.default_backend()
     if isinstance(method, Lax):
-        stretches = [_handed_over(steps, everything, method, "asked for")]
+        stretches = [_handed_over(steps, everything, method, "asked for", platform)]
     elif method is not None:
         problem = next((found for step in steps if (found := obstacle(step.program)) is not None), None)
         if problem is not None and method.is_parallel:
@@ -82,7 +82,7 @@ def plan_chain(
                 "Use method='auto', which leaves it to the sequential pass, or take that out of the function."
             )
         if problem is not None:
-            stretches = [_handed_over(steps, everything, fallback, f"sequential, since {problem}")]
+            stretches = [_handed_over(steps, everything, fallback, f"sequential, since {problem}", platform)]
         else:
             stretches = [_planned(steps, everything, method, "asked for", claim, fallback, platform)]
     else:
@@ -111,7 +111,7 @@ def _of_stretch(steps: Sequence[Step], place: slice, verdict: tuple[str, Method,
     if what == "narrow" and platform != "cpu" and length < ACCELERATOR_LENGTH:
         method, reason = fallback, f"{length} steps on {platform}: too short a chain for matrix products to pay"
     if what == "obstacle":
-        return [_handed_over(steps, place, method, reason)]
+        return [_handed_over(steps, place, method, reason, platform)]
     return [_planned(steps, place, method, reason, claim, fallback, platform, modest=True)]
 
 
@@ -127,9 +127,9 @@ def _verdict(step: Step, claim: Claim | None, fallback: Method, platform: str) -
     return ("narrow" if method.is_parallel else type(method).__name__.lower()), method, reason
 
 
-def _handed_over(steps: Sequence[Step], place: slice, method: Method, reason: str) -> Stretch:
+def _handed_over(steps: Sequence[Step], place: slice, method: Method, reason: str, platform: str) -> Stretch:
     runs = tuple(step.count for step in steps[place])
-    return Stretch(place.start, place.stop, Plan("none", {}, method, reason, sum(runs), runs, _given=Given(tuple(steps[place]), None)), None)
+    return Stretch(place.start, place.stop, Plan("none", {}, method, reason, sum(runs), runs, _given=Given(tuple(steps[place]), None, platform)), None)
 
 
 def _planned(
@@ -138,7 +138,7 @@ def _planned(
     some = steps[place]
     structures = structures_of([(step.program, step.repeats) for step in some], claim)
     if not any(structure.before.size or structure.after.size for structure in structures):
-        return _handed_over(steps, place, fallback, "nothing in the state is differentiable")
+        return _handed_over(steps, place, fallback, "nothing in the state is differentiable", platform)
     if isinstance(method, Tree):
         structures = [structure.multiplied() for structure in structures]
     runs, blocks = tuple(step.count for step in some), blocks_of(structures)
@@ -147,7 +147,7 @@ def _planned(
         asked = method.segment if isinstance(method, Travelling) else None
         sizes, why = memory.fitting(sizes, asked, some, structures, platform, modest=modest)
         reason += why
-    plan = Plan(kind_of(structures), blocks, sizes, reason, sum(runs), runs, _given=Given(tuple(some), tuple(structures), claim))
+    plan = Plan(kind_of(structures), blocks, sizes, reason, sum(runs), runs, _given=Given(tuple(some), tuple(structures), platform, claim))
     order = None
     if len(runs) > 1 and isinstance(sizes, (Tree, Associative)):
         order = order_of_products(runs[::-1], [structures[0].before.groups, *(one.after.groups for one in structures)][::-1])
@@ -181,7 +181,7 @@ def _of_layers(runs: Sequence[int], orders: Sequence[Order]) -> str:
 def _chosen(step: Step, structure: Structure, fallback: Method, platform: str) -> tuple[Method, str]:
     """The rule behind `method="auto"`, for one step; README, *When it pays*, has the figures it follows."""
     pairs = [(a, b) for a, b in zip(structure.before.groups, structure.after.groups, strict=True) if a.size or b.size]
-    blocks, width = sum(max(a.blocks, b.blocks) for a, b in pairs), max(max(a.side, b.side) for a, b in pairs)
+    blocks = sum(max(a.blocks, b.blocks) for a, b in pairs)
     state = sum(max(a.blocks, b.blocks) * a.side * b.side for a, b in pairs)
     name = blocks_in_words(structure.before.groups, structure.after.groups)
     if step.count < 2 and (platform == "cpu" or step.repeats):
@@ -215,31 +215,19 @@ def _quickest_on_cpu(step: Step, structure: Structure, name: str, entries: int, 
     found = timing.parts(step.program)
     if found is None:
         return fallback, f"{name} on a CPU: a loop of unknown length in the step, which JAX cannot transpose"
-    methods: dict[str, Method] = {"Lax": Lax(), "Sequential": Sequential()}
-    # Over several devices the answer of a walk's guard would be a collective.
-    if jax.device_count() == 1 and entries <= CPU_STATE:
-        methods["Walk"] = sized(Walk(), step.count, blocks_of([structure]))
-    told = {name: timing.seconds(step, structure, method, timing.cpu()) or 0.0 for name, method in methods.items()}
+    told = {type(method).__name__: timing.seconds(step, structure, method, machine("cpu")) or 0.0 for method in _on_cpu(step, structure, entries)}
     favourite = "Lax" if found.waits_little else "Sequential"
-    weighed = {name: time / (1 if name == favourite else SURELY[name]) for name, time in told.items()}
-    best = min(weighed, key=weighed.__getitem__)
-    each = ", ".join(f"{name} {timing.in_words(time)}" for name, time in told.items())
-    chosen = methods[best] if best != "Walk" else Walk()
-    return chosen, f"{name} on a CPU: {best} is told to take the least time, or about that ({each})"
+    best = min(told, key=lambda name: told[name] / (1 if name == favourite else SURELY[name]))
+    method, how = {
+        "Lax": (Lax(), "JAX's own loop"),
+        "Sequential": (Sequential(), "a loop of the states' cotangents alone, and one batched pull-back,"),
+        "Walk": (Walk(), "forming their Jacobians and walking them"),
+    }[best]
+    narrowly = "" if best == min(told, key=told.__getitem__) else ", or hardly more"
+    return method, f"{name} on a CPU: {how} is told to take the least time{narrowly}"
 
 
-def sized(method: Method, length: int, blocks: dict[int, int]) -> Method:
-    """The method with every size that was left open chosen; blocks: from size to how many."""
-    match method:
-        case Walk(segment=None):
-            entries = sum(count * width**2 for width, count in blocks.items())
-            return replace(method, segment=_divisor_near(length, max(1, min(length, max(32, SEGMENT_ENTRIES // max(1, entries))))))
-        case Chunked(size=None):
-            return replace(method, size=max(1, min(8 if max(blocks) < 48 else 32, length)))
-    return method
-
-
-def _divisor_near(length: int, target: int) -> int:
-    """A divisor of `length` between half the target and twice it, the nearest by ratio; else the target: the rest goes apart."""
-    fitting = [d for d in range(max(1, target // 2), 2 * target + 1) if length % d == 0]
-    return min(fitting, key=lambda d: max(d / target, target / d), default=min(target, max(length, 1)))
+def _on_cpu(step: Step, structure: Structure, entries: int) -> list[Method]:
+    """What is thought of. Over several devices the answer of a walk's guard would be a collective."""
+    walk = [sized(Walk(), step.count, blocks_of([structure]))] if jax.device_count() == 1 and entries <= CPU_STATE else []
+    return [Lax(), Sequential(), *walk]

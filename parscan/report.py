@@ -12,13 +12,14 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
-from parscan import costs, drawing
+from parscan import costs, drawing, memory, timing
 from parscan.checks import is_inexact, named_leaves
 from parscan.claims import Claim
 from parscan.costs import STAGES, Step
 from parscan.jaxprs import Mixing, Program, mixings
 from parscan.layout import in_words
-from parscan.methods import Method
+from parscan.machines import machine
+from parscan.methods import BY_NAME, Method, sized
 from parscan.proof import Derivative, derivative
 from parscan.structure import Structure
 
@@ -36,6 +37,7 @@ class Given(NamedTuple):
 
     steps: tuple[Step, ...]
     structures: tuple[Structure, ...] | None
+    platform: str
     claim: Claim | None = None
     names: tuple[tuple[str, ...], ...] | None = None
 
@@ -75,7 +77,7 @@ class Plan:
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy, or a pickle, keeps what the plan says, but not the programs that it says it of."""
-        return {**self.__dict__, "_costs": self._costs, "why": self.why, "_given": None}
+        return {**self.__dict__, "_costs": self._costs, "_told": self._told, "why": self.why, "_given": None}
 
     # --- what it costs, computed when asked for -----------------------------------------------------------------------------
 
@@ -100,6 +102,31 @@ class Plan:
     def bytes(self) -> dict[str, int]:
         """Bytes of what these stages make: the Jacobians held at once, all their products, the cotangents."""
         return dict(self._costs[2])
+
+    @functools.cached_property
+    def _told(self) -> dict[str, tuple[float, int]]:
+        given = self._given
+        if given is None or given.structures is None or len(given.steps) != 1 or not given.steps[0].repeats:
+            return {}
+        (step,), (structure,) = given.steps, given.structures
+        found = {}
+        for method in (BY_NAME[name]() for name in BY_NAME):
+            method = sized(method if type(method) is not type(self.method) else self.method, step.count, self.blocks)
+            time = timing.seconds(step, structure, method, machine(given.platform))
+            if time is not None:
+                found[type(method).__name__] = time, memory.of_gradient(step, structure, method)
+        return found
+
+    @property
+    def seconds(self) -> dict[str, float]:
+        """Seconds of a value and gradient, forward loop and all, as the model of `parscan.timing` tells them: by every method, under its name, its sizes
+        chosen. Of one recurrence that JAX can transpose; else empty."""
+        return {name: time for name, (time, _) in self._told.items()}
+
+    @property
+    def held(self) -> dict[str, int]:
+        """Bytes that this gradient holds at once, about: states, cotangents, and what linearises as many steps as are taken together, with their maps."""
+        return {name: size for name, (_, size) in self._told.items()}
 
     def levels(self) -> list[tuple[int, str, int]]:
         """What the maps of a tree over equal steps are: (level, kind, bytes of one map) for every level, 0 being the steps' own Jacobians.
@@ -258,6 +285,11 @@ def _lines(plan: Plan) -> Iterator[str]:
     for stage in (*STAGES, "total", "sequential"):
         (flops, thousands), (size, unit) = costs.human(plan.flops[stage]), costs.human(plan.bytes[stage])
         yield f"{stage:12}{flops:>7} {thousands:1}{size:>8} {unit}B"
+    if plan.seconds:
+        yield f"{'gradient by':12}{'told':>9}{'holds':>11}"
+    for name, time in plan.seconds.items():
+        size, unit = costs.human(plan.held[name])
+        yield f"{name:12}{timing.in_words(time):>9}{size:>8} {unit}B"
 
 
 def _entry(label: str, text: str) -> list[str]:

@@ -1,8 +1,8 @@
 """How long a gradient takes, told from what its programs compute: the model by which `method="auto"` chooses on a CPU, and that a plan prints.
 
 The gradient is that of `jax.value_and_grad`, forward loop and all, every state being read; it is taken in the constants of the step and in the first
-state, in the inputs where there are no constants. Its time is a sum of a few physical terms, each a count of what a program does times what a `Machine`
-takes for one. Where XLA makes a single kernel of a loop, a step costs that and its arithmetic; where not, every kernel of the step is launched.
+state, in the inputs where there are no constants. Its time is a sum of a few physical terms, each a count of what a program does times what a
+`Machine` takes for one. Where XLA makes a single kernel of a loop, a step costs that and its arithmetic; where not, every kernel of the step is launched.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import jax
@@ -18,65 +17,12 @@ import jax
 from parscan.checks import is_inexact
 from parscan.costs import Step, costs, push_flops
 from parscan.jaxprs import Program, Work, residuals, work, work_on
+from parscan.machines import Machine
 from parscan.methods import Lax, Method, Sequential
 from parscan.structure import Structure
 
-
-@dataclass(frozen=True)
-class Machine:
-    """What one of each takes, in nanoseconds.
-
-    Attributes:
-        start: a call of a compiled program.
-        fused: a step of a loop that the compiler makes one kernel of.
-        call, kernel, slot: in a step of any other loop, a product of matrices, any other kernel, and an array that is read from, or written to, one that
-            holds all steps: its launch, its arguments, its result.
-        product, element, function: inside of a loop, a floating-point operation of a matrix product, an entry computed by arithmetic, and one by a
-            transcendental function.
-        kept: an entry of an array that holds all steps, read or written by a loop.
-        all_call, all_kept, all_product, all_element, all_function: as above, where all steps are computed at once.
-        level: an operation on explicit Jacobians that waits for another: a step of a walk, a level of a tree.
-        entry: a multiply-add of explicit Jacobians.
-    """
-
-    start: float
-    fused: float
-    call: float
-    kernel: float
-    slot: float
-    product: float
-    element: float
-    function: float
-    kept: float
-    all_call: float
-    all_kept: float
-    all_product: float
-    all_element: float
-    all_function: float
-    level: float
-    entry: float
-
-
 FUSES_LOOPS = jax.__version_info__ >= (0, 12)  # whether XLA makes one kernel of the body of any loop on a CPU that multiplies no matrices
 SMALL_LOOP = 512  # bytes that a step reads and writes up to which it did so before
-
-# Fitted, in logarithms, to the times of 90 recurrences (`scripts/problems.py`, seed 0) by several methods, on 2 cores of a virtual Xeon.
-# Another machine may well be three times as fast in all of them: what is chosen follows from their ratios.
-BEFORE_FUSION = Machine(
-    start=6400, fused=71, call=517, kernel=40, slot=30,
-    product=0.020, element=0.13, function=2.4, kept=0.008,
-    all_call=2.7, all_kept=0.005, all_product=0.0001, all_element=0.006, all_function=1.3, level=203, entry=2.4,
-)  # fmt: skip  # JAX 0.10.2
-WITH_FUSION = Machine(
-    start=11000, fused=57, call=527, kernel=97, slot=0.6,
-    product=0.018, element=0.08, function=2.2, kept=0.07,
-    all_call=170, all_kept=0.007, all_product=0.0001, all_element=0.003, all_function=1.4, level=178, entry=2.1,
-)  # fmt: skip  # JAX 0.12.0.1
-
-
-def cpu() -> Machine:
-    """A processor, by the JAX that runs on it."""
-    return WITH_FUSION if FUSES_LOOPS else BEFORE_FUSION
 
 
 class Loop(NamedTuple):

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import pickle
+from dataclasses import fields, replace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from parscan import planning, timing
+import parscan
+from parscan import machines, planning, timing
+from parscan.costs import Step
 from parscan.jaxprs import Flat, trace
-from parscan.methods import Lax
+from parscan.methods import Lax, Sequential, Walk
 
 RANDOM = np.random.default_rng(0)
 weights = lambda n, m: jnp.asarray(RANDOM.standard_normal((n, m)) / n**0.5)
@@ -52,25 +57,25 @@ def delta_rule(h, x):
 CASES = [
     (elementwise, (4,), "Lax", "Lax", "Chunked"),  # a loop so small that any JAX makes one kernel of it
     (elementwise, (64,), "Sequential", "Lax", "Chunked"),
-    (elementwise, (256, 4), "Sequential", "Lax", "Chunked"),
-    (elementwise, (10**6,), "Sequential", "Lax", "Lax"),
+    (elementwise, (256, 4), "Lax", "Lax", "Chunked"),  # a loop that computes more than it waits: each tanh would be computed twice
+    (elementwise, (10**6,), "Lax", "Lax", "Lax"),
     (pairs, (2, 2), "Lax", "Lax", "Chunked"),
     (pairs, (32, 2), "Sequential", "Lax", "Chunked"),
-    (lstm, (2, 4), "Sequential", "Lax", "Chunked"),
-    (lstm, (8, 2, 32), "Lax", "Lax", "Chunked"),  # a step that computes more than its loop waits
+    (lstm, (2, 4), "Lax", "Lax", "Chunked"),
+    (lstm, (8, 2, 32), "Sequential", "Lax", "Chunked"),
     (rnn, (1, 8), "Sequential", "Lax", "Chunked"),
     (rnn, (32, 1), "Sequential", "Lax", "Chunked"),
-    (rnn, (1, 128), "Sequential", "Lax", "Chunked"),
+    (rnn, (1, 128), "Sequential", "Sequential", "Chunked"),  # the share of every step in the gradient of W is 16384 numbers
     (lambda h, x: jax.lax.cond(h[0] > 0, jnp.tanh, jnp.sin, h) + x, (64,), "Lax", "Lax", "Chunked"),  # branches
-    (rnn, (4, 8), "Walk", "Walk", "Chunked"),
-    (gru, (4, 8), "Walk", "Walk", "Chunked"),
-    (gru, (16, 20), "Lax", "Lax", "Chunked"),
-    (rnn, (64, 128), "Lax", "Lax", "Sequential"),
-    (rnn, (1, 1024), "Sequential", "Lax", "Lax"),
+    (rnn, (4, 8), "Sequential", "Sequential", "Chunked"),
+    (gru, (4, 8), "Sequential", "Sequential", "Chunked"),
+    (gru, (16, 20), "Sequential", "Sequential", "Chunked"),
+    (rnn, (64, 128), "Sequential", "Sequential", "Sequential"),
+    (rnn, (1, 1024), "Sequential", "Sequential", "Lax"),
     (lambda h, x: h[::-1] * x, (64,), "Sequential", "Lax", "Tree"),
-    (lambda h, x: h @ W[20] + x, (16, 20), "Lax", "Lax", "Tree"),  # one matrix for all steps, squared
-    (delta_rule, (8, 8), "Walk", "Walk", "Tree"),  # one block for all columns
-    (delta_rule, (256, 256), "Lax", "Lax", "Tree"),
+    (lambda h, x: h @ W[20] + x, (16, 20), "Sequential", "Sequential", "Tree"),  # one matrix for all steps, squared
+    (delta_rule, (8, 8), "Sequential", "Lax", "Tree"),  # one block for all columns
+    (delta_rule, (256, 256), "Sequential", "Sequential", "Tree"),
 ]
 
 
@@ -81,6 +86,77 @@ def test_auto(step, shape, before, since, accelerator, monkeypatch):
 
     def chosen(platform, fuses=True):
         monkeypatch.setattr(timing, "FUSES_LOOPS", fuses)
+        monkeypatch.setattr(planning, "machine", lambda _: machines.CPU_SINCE if fuses else machines.CPU_BEFORE)
         return type(planning.plan_for(program, 1000, None, None, fallback=Lax(), platform=platform)[0].method).__name__
 
     assert (chosen("cpu", fuses=False), chosen("cpu"), chosen("gpu")) == (before, since, accelerator)
+
+
+def traced(step, *shapes):
+    avals = [jax.ShapeDtypeStruct(shape, "float32") for shape in shapes]
+    return trace(lambda _, h, x: step(h, x), Flat.of(()), *map(Flat.of, avals))[0]
+
+
+def test_a_walk_is_chosen_where_it_is_surely_ahead(monkeypatch):
+    """Where an operation on explicit Jacobians takes next to nothing."""
+    monkeypatch.setattr(planning, "machine", lambda _: replace(machines.default("cpu"), level=1e-3, entry=1e-6, all_function=1e-3))
+    program = traced(rnn, (4, 8), (4, 8))
+    plan = planning.plan_for(program, 1000, None, None, fallback=Lax(), platform="cpu")[0]
+    assert isinstance(plan.method, Walk) and "forming their Jacobians and walking them is told to take the least time" in plan.reason
+
+
+def test_what_is_a_little_ahead_of_the_favourite_is_not_chosen(monkeypatch):
+    program = traced(rnn, (4, 8), (4, 8))
+
+    def chosen(sequential, lax):
+        told = {Lax: lax, Sequential: sequential, Walk: 9.0}
+        monkeypatch.setattr(timing, "seconds", lambda step, structure, method, machine: told[type(method)])
+        plan = planning.plan_for(program, 1000, None, None, fallback=Lax(), platform="cpu")[0]
+        return type(plan.method), "hardly more" in plan.reason
+
+    assert chosen(1.0, 2.0) == (Sequential, False)
+    assert chosen(1.0, 0.9) == (Sequential, True)
+    assert chosen(1.0, 0.8) == (Lax, False)
+
+
+def test_a_step_that_jax_cannot_transpose_is_left_to_it():
+    program = traced(lambda h, x: jax.lax.while_loop(lambda h: jnp.sum(h) > 1, lambda h: h * 0.5, h) @ W[8] + x, (4, 8), (4, 8))
+    plan = planning.plan_for(program, 1000, None, None, fallback=Lax(), platform="cpu")[0]
+    assert isinstance(plan.method, Lax) and plan.seconds == {}
+
+
+# --- what a gradient is told to take ----------------------------------------------------------------------------------------------
+
+
+def test_a_plan_tells_the_times_of_all_methods():
+    plan = parscan.plan(lambda h, x: (jnp.tanh(h @ W[8] + x),) * 2, jnp.zeros((4, 8)), jnp.zeros((1000, 4, 8)))
+    assert set(plan.seconds) == set(plan.held) == {"Lax", "Sequential", "Walk", "Tree", "Chunked", "Associative"}
+    assert all(time > 0 for time in plan.seconds.values()) and all(size > 0 for size in plan.held.values())
+    twice = parscan.plan(lambda h, x: (jnp.tanh(h @ W[8] + x),) * 2, jnp.zeros((4, 8)), jnp.zeros((2000, 4, 8)))
+    start = 1e-9 * machines.default("cpu").start
+    for name in ("Lax", "Sequential"):
+        assert twice.seconds[name] - start == pytest.approx(2 * (plan.seconds[name] - start), rel=1e-6) and twice.held[name] == 2 * plan.held[name]
+    copied = pickle.loads(pickle.dumps(plan))
+    assert copied.seconds == plan.seconds and copied.held == plan.held
+    assert parscan.plan([lambda w, h: h * w, lambda _, h: jnp.sin(h)], [1.0, None], [jnp.ones(3)]).seconds == {}  # no recurrence
+
+
+def test_the_terms_are_counted_by_hand():
+    """tanh(h W), 4 × 8: two products and a sum in the pull-back, an entry 1 - h'² to be kept, beside what is read and written."""
+    found = timing.parts(traced(lambda h, x: jnp.tanh(h @ W[8]), (4, 8), (4, 8)))
+    assert found is not None
+    assert (found.forward.work.calls, found.forward.work.products, found.forward.work.functions) == (1, 2 * 4 * 8 * 8, 32)
+    assert (found.back.work.calls, found.back.work.products) == (1, 2 * 4 * 8 * 8)
+    assert (found.whole.work.calls, found.whole.work.products) == (2, 2 * 2 * 4 * 8 * 8)
+    assert found.at_once.calls == 2 and found.at_once.batched == 0  # of all steps: h W, and hᵀ g summed over them
+    assert found.at_once.products == 2 * timing.ALONG * 2 * 4 * 8 * 8
+    assert found.whole.slots == found.back.slots  # what linearises tanh, the states, a cotangent in; the other writes its cotangents
+    one = dict.fromkeys((field.name for field in fields(machines.Machine)), 0.0)
+    machine = machines.Machine(**{**one, "function": 1.0})
+    step = Step(traced(lambda h, x: jnp.tanh(h @ W[8]), (4, 8), (4, 8)), 100, True)
+    assert timing.seconds(step, None, Lax(), machine) == pytest.approx(1e-9 * 100 * 32)
+
+
+@pytest.mark.parametrize("time, words", [(2e-7, "0.2 µs"), (1.26e-5, "13 µs"), (9.96e-5, "100 µs"), (0.0123, "12 ms"), (0.0012, "1.2 ms"), (75.0, "75 s")])
+def test_times_in_words(time, words):
+    assert timing.in_words(time) == words

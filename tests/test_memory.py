@@ -120,11 +120,13 @@ def test_what_auto_takes_peaks_at_twice_the_loop_at_most(cell, batch, width, pla
     assert isinstance(method, Lax) or peak(cell, batch, width, method) <= 2 * peak(cell, batch, width, None), method
 
 
-def test_little_is_not_cut_on_an_accelerator(monkeypatch):
+def test_little_is_not_cut(monkeypatch):
     whole = chosen("rnn", 4, 8, "gpu")
+    assert chosen("rnn", 4, 8, "cpu").segment is None
     assert whole.segment is None and 2 * peak("rnn", 4, 8, None) < peak("rnn", 4, 8, whole) < memory.LITTLE
     monkeypatch.setattr(memory, "LITTLE", peak("rnn", 4, 8, whole) // 2)
     assert chosen("rnn", 4, 8, "gpu").segment < LENGTH
+    monkeypatch.setattr(memory, "LITTLE", 0)
     assert chosen("rnn", 4, 8, "cpu").segment < LENGTH
 
 

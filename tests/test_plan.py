@@ -213,9 +213,18 @@ def test_chunks_of_different_layers():
     assert walked.depth == 1 + (9 + 1) + 1 and walked.flops["forming"] == 9 * 3 * push
 
 
+def interrupted(*widths, batch):
+    """A network with a layer in its middle that only JAX may differentiate."""
+    layers, params, states = network(*widths, batch=batch)
+    clipped = jax.custom_vjp(lambda h: h)
+    clipped.defvjp(lambda h: (h, None), lambda _, g: (jnp.clip(g, -1, 1),))
+    middle = len(layers) // 2
+    return [*layers[:middle], lambda _, h: clipped(h), *layers[middle:]], [*params[:middle], None, *params[middle:]], states[:1]
+
+
 def test_stretches_add_up():
-    plan = parscan.plan(*network(16, *[8] * 20, 3, batch=4))
-    assert len(plan.stretches) > 1
+    plan = parscan.plan(*interrupted(16, *[8] * 20, 3, batch=4))
+    assert len(plan.stretches) == 3
     for total, parts in ((plan.flops, [p.flops for p in plan.stretches]), (plan.bytes, [p.bytes for p in plan.stretches])):
         assert total == {stage: sum(part[stage] for part in parts) for stage in total}
     assert plan.depth == sum(p.depth for p in plan.stretches)
@@ -365,8 +374,8 @@ def test_plans_without_names_say_the_state():
 
 def test_repr_is_one_line():
     assert repr(by("walk", xs=jnp.ones((1000, B, N)))) == "Plan(BlockDiagonal, {3: 2}, Walk(segment=1000), length 1000)"
-    layered = parscan.plan(*network(16, *[8] * 20, 3, batch=4))
-    assert repr(layered) == f"Plan(BlockDiagonal, {{8: 4}}, {layered.method}, length 21, in {len(layered.stretches)} stretches)"
+    layered = parscan.plan(*interrupted(16, *[8] * 20, 3, batch=4))
+    assert repr(layered) == f"Plan(BlockDiagonal, {{8: 4}}, {layered.method}, length 22, in 3 stretches)"
 
 
 TABLE = """\
@@ -384,7 +393,9 @@ sequential      210       240 B"""
 
 
 def test_the_table():
-    assert str(by("tree")) == TABLE.format(where=line_of(step, 1))
+    table, told = str(by("tree")).split("\ngradient by      told      holds\n")
+    assert table == TABLE.format(where=line_of(step, 1))
+    assert [re.fullmatch(r"(\w+) +[\d.]+ [µm]?s +[\d.]+ k?B", line)[1] for line in told.splitlines()] == list(by("tree").seconds)
     assert f"{by('tree')}" == str(by("tree"))
 
 
@@ -396,7 +407,7 @@ def test_tables_fit_a_terminal():
 
     plans = [
         parscan.plan(f, a_rather_long_name, XS, method=parscan.Chunked(3)),
-        parscan.plan(*network(16, *[8] * 20, 3, *range(4, 20), batch=4)),
+        parscan.plan(*interrupted(16, *[8] * 20, 3, *range(4, 20), batch=4)),
         parscan.plan(*network(16, *[8] * 20, 3, *range(4, 20), batch=4), method="tree"),
         parscan.plan([], [], [START]),
         by("lax"),

@@ -18,8 +18,8 @@ class Work(NamedTuple):
     batched: the single products in those that are batched.
     kernels: other parts that run one after another: every other product, every reduction, and what is computed entry by entry between two of these.
     products: floating-point operations of products, two a multiply-add.
-    elements: entries that anything else computes, but for
-    functions: those of transcendental functions, of which sines count threefold.
+    elements: entries that anything else computes.
+    functions: those of transcendental functions among them, sines threefold: they take about three times as long.
     """
 
     calls: int = 0
@@ -39,7 +39,7 @@ class Work(NamedTuple):
     @property
     def flops(self) -> int:
         """Floating-point operations, one for each element of anything but a product."""
-        return self.products + self.elements + self.functions
+        return self.products + self.elements
 
 
 def work(jaxpr: AnyJaxpr) -> Work:
@@ -114,7 +114,7 @@ def _of(eqn: Any) -> Work:
         inner, outer = (math.prod(shape[d] for d in dims) for dims in (contracted, batched))
         free = math.prod(shape) // max(inner * outer, 1)
         if inner == 1:  # compilers make a multiplication of it
-            return Work(elements=size)
+            return Work(products=2 * size)
         call = int(1 < free < size // max(outer, 1))
         return Work(call, outer if batched else 0, 1 - call, products=2 * size * inner)
     if name == "conv_general_dilated":
@@ -123,7 +123,7 @@ def _of(eqn: Any) -> Work:
     if name in _MOVES:
         return Work()
     if name in _FUNCTIONS:
-        return Work(functions=_FUNCTIONS[name] * size)
+        return Work(elements=size, functions=_FUNCTIONS[name] * size)
     return Work(kernels=int(name in _ALONE or name.startswith(("reduce", "arg", "scatter"))), elements=size)
 
 
@@ -163,8 +163,8 @@ def residuals(jaxpr: AnyJaxpr, inputs: Sequence[int], shared: Sequence[int] = ()
     """
     body = open_jaxpr(jaxpr)
     apart = {body.invars[i] for i in (*inputs, *shared)}
-    read = {a for eqn, touched in _touched(jaxpr, inputs) for i, a in enumerate(eqn.invars) if isinstance(a, core.Var) and i not in touched} - apart
-    return len(read), sum(math.prod(v.aval.shape) for v in read)
+    read: set[Any] = {a for eqn, touched in _touched(jaxpr, inputs) for i, a in enumerate(eqn.invars) if isinstance(a, core.Var) and i not in touched}
+    return len(read - apart), sum(math.prod(v.aval.shape) for v in read - apart)
 
 
 _LINEAR = _MOVES | frozenset("add add_any sub neg mul div dot_general reduce_sum split stack unstack conv_general_dilated rev jit pjit".split())

@@ -1,0 +1,133 @@
+"""What a machine takes for the work that a gradient is made of: defaults by platform, and what `calibrate` has measured on this one."""
+
+from __future__ import annotations
+
+import functools
+import json
+import math
+import warnings
+from dataclasses import asdict, dataclass, fields
+from importlib import metadata
+from pathlib import Path
+
+import jax
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What one of each takes, in nanoseconds.
+
+    Attributes:
+        start: a call of a compiled program.
+        fused: a step of a loop that the compiler makes one kernel of.
+        call, kernel, slot: in a step of any other loop, a product of matrices, any other kernel, and an array that is read from, or written to, one that
+            holds all steps: its launch, its arguments, its result.
+        product, element, function: inside of a loop, a floating-point operation of a matrix product, an entry computed by arithmetic, and one by a
+            transcendental function.
+        kept: an entry of an array that holds all steps, read or written by a loop.
+        all_call, all_kept, all_product, all_element, all_function: as above, where all steps are computed at once.
+        level: an operation on explicit Jacobians that waits for another: a step of a walk, a level of a tree.
+        entry: a multiply-add of explicit Jacobians.
+    """
+
+    start: float
+    fused: float
+    call: float
+    kernel: float
+    slot: float
+    product: float
+    element: float
+    function: float
+    kept: float
+    all_call: float
+    all_kept: float
+    all_product: float
+    all_element: float
+    all_function: float
+    level: float
+    entry: float
+
+
+# Fitted, in logarithms, to the times of 90 recurrences (`scripts/problems.py`, seed 0) by several methods, on 2 cores of a virtual Xeon.
+# Another machine may well be three times as fast in all of them: what is chosen follows from their ratios.
+CPU_BEFORE = Machine(
+    start=6400, fused=71, call=517, kernel=40, slot=30,
+    product=0.020, element=0.13, function=2.4, kept=0.008,
+    all_call=2.7, all_kept=0.005, all_product=0.0001, all_element=0.006, all_function=1.3, level=203, entry=2.4,
+)  # fmt: skip  # JAX 0.10.2
+CPU_SINCE = Machine(
+    start=11000, fused=57, call=527, kernel=97, slot=0.6,
+    product=0.018, element=0.08, function=2.2, kept=0.07,
+    all_call=170, all_kept=0.007, all_product=0.0001, all_element=0.003, all_function=1.4, level=178, entry=2.1,
+)  # fmt: skip  # JAX 0.12.0.1
+
+
+GPU = CPU_SINCE
+TPU = GPU  # a guess: nobody has measured one
+
+
+def default(platform: str) -> Machine:
+    """Of `"cpu"`, `"gpu"`, `"tpu"`; of any other, an accelerator's."""
+    if platform == "cpu":
+        return CPU_SINCE if jax.__version_info__ >= (0, 12) else CPU_BEFORE
+    return TPU if platform == "tpu" else GPU
+
+
+@functools.cache
+def machine(platform: str) -> Machine:
+    """What `calibrate` has measured on JAX's default device, if that is of this platform; else the default. Read once in a process."""
+    return (load() if platform == jax.default_backend() else None) or default(platform)
+
+
+# --- the cache --------------------------------------------------------------------------------------------------------------
+
+
+def identity() -> dict[str, str]:
+    """What a calibration holds for: the device, its platform, and the versions that compile for it."""
+    device = jax.devices()[0]
+    try:
+        version = metadata.version("parscan")
+    except metadata.PackageNotFoundError:  # not installed, but on the path
+        version = "source"
+    return {"platform": device.platform, "device": device.device_kind, "jax": jax.__version__, "parscan": version}
+
+
+def path() -> Path | None:
+    """The file of this machine's calibration, where the platform's conventions put caches; None without `platformdirs`."""
+    try:
+        from platformdirs import user_cache_path
+    except ImportError:
+        return None
+    name = "-".join("".join(c if c.isalnum() or c == "." else "_" for c in part) for part in identity().values())
+    return user_cache_path("parscan") / f"calibration-{name}.json"
+
+
+def load() -> Machine | None:
+    """The machine in the cache; None if there is none, or, with a warning, if the file is not what `save` writes for this device and these versions."""
+    file = path()
+    if file is None or not file.is_file():
+        return None
+    try:
+        found = json.loads(file.read_text())
+        if found["of"] != identity():
+            raise ValueError(f"it is of {found['of']}")
+        values = {name: float(found["nanoseconds"][name]) for name in (one.name for one in fields(Machine))}
+        if not all(math.isfinite(value) and value > 0 for value in values.values()):
+            raise ValueError("not all of its times are positive numbers")
+        return Machine(**values)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        warnings.warn(f"The calibration in {file} is not read: {error!r}. Defaults are used; `parscan.calibrate()` measures again.", stacklevel=2)
+        return None
+
+
+def save(found: Machine) -> Path:
+    """Written beside and moved, so that no other process reads half a file."""
+    file = path()
+    if file is None:
+        raise ImportError("`parscan.calibrate` keeps what it measures where `platformdirs` says: `pip install 'parscan[calibrate]'`.")
+    file.parent.mkdir(parents=True, exist_ok=True)
+    beside = file.with_suffix(".part")
+    beside.write_text(json.dumps({"of": identity(), "nanoseconds": asdict(found)}, indent=1))
+    beside.replace(file)
+    machine.cache_clear()
+    return file
