@@ -207,8 +207,8 @@ def _chosen(step: Step, structure: Structure, fallback: Method, platform: str) -
 def _quickest_on_cpu(step: Step, structure: Structure, name: str, entries: int, fallback: Method) -> tuple[Method, str]:
     """The method that is told to take the least time: JAX's own loop, one of the states' cotangents alone, or a walk over Jacobians.
 
-    No model is exact, so one of them is favoured: JAX's loop where XLA makes a kernel of each of its two passes, else the loop of cotangents. A loop that
-    is told to be a little faster than the favourite is not taken.
+    No model is exact, so one of them is favoured: JAX's loop where XLA makes a kernel of each of its two passes, if it may keep what linearises the steps
+    from the one for the other; else the loop of cotangents. What is told to be a little faster than the favourite is not taken.
     """
     if step.program.has_branches:
         return fallback, f"{name} on a CPU: the loop takes one branch of a `cond`, all steps at once take every one"
@@ -216,7 +216,7 @@ def _quickest_on_cpu(step: Step, structure: Structure, name: str, entries: int, 
     if found is None:
         return fallback, f"{name} on a CPU: a loop of unknown length in the step, which JAX cannot transpose"
     told = {type(method).__name__: timing.seconds(step, structure, method, machine("cpu")) or 0.0 for method in _on_cpu(step, structure, entries)}
-    favourite = "Lax" if found.waits_little else "Sequential"
+    favourite = "Lax" if found.waits_little and isinstance(fallback, Lax) else "Sequential"
     best = min(told, key=lambda name: told[name] / (1 if name == favourite else SURELY[name]))
     method, how = {
         "Lax": (Lax(), "JAX's own loop"),

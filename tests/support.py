@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,7 +18,7 @@ import numpy as np
 from jax import lax
 
 import parscan
-from parscan import guard
+from parscan import guard, machines
 from parscan.jaxprs import Flat, trace
 
 TOLERANCE = {"float32": 1e-4, "float64": 1e-10}
@@ -66,6 +67,11 @@ class Chain(NamedTuple):
 
 
 @functools.cache
+def a_machine_that_walks() -> machines.Machine:
+    """One where an operation on explicit Jacobians takes next to nothing, and what is computed at once, too: `auto` takes `Walk`."""
+    return replace(machines.default("cpu"), start=1e-3, level=1e-3, entry=1e-6, **dict.fromkeys(("all_call", "all_product", "all_element", "all_function"), 1e-6))
+
+
 def make_chain(kind: str, length: int, dtype: str, seed: int = 0) -> Chain:
     """A chain of `length` layers whose Jacobians are of that kind; a bias is shared by all layers."""
     random = np.random.default_rng(seed)

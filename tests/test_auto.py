@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import pickle
-from dataclasses import fields, replace
+from dataclasses import fields
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from support import a_machine_that_walks
 
 import parscan
 from parscan import machines, planning, timing
@@ -98,8 +99,7 @@ def traced(step, *shapes):
 
 
 def test_a_walk_is_chosen_where_it_is_surely_ahead(monkeypatch):
-    """Where an operation on explicit Jacobians takes next to nothing."""
-    monkeypatch.setattr(planning, "machine", lambda _: replace(machines.default("cpu"), level=1e-3, entry=1e-6, all_function=1e-3))
+    monkeypatch.setattr(planning, "machine", lambda _: a_machine_that_walks())
     program = traced(rnn, (4, 8), (4, 8))
     plan = planning.plan_for(program, 1000, None, None, fallback=Lax(), platform="cpu")[0]
     assert isinstance(plan.method, Walk) and "forming their Jacobians and walking them is told to take the least time" in plan.reason

@@ -11,9 +11,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from networks import NETWORKS, Network, arrays, block, dense, layer
-from support import METHODS, TOLERANCE, assert_close, equations, gap
+from support import METHODS, TOLERANCE, a_machine_that_walks, assert_close, equations, gap
 
 import parscan
+from parscan import planning
 
 is_float = lambda leaf: jnp.issubdtype(leaf.dtype, jnp.floating)
 
@@ -324,7 +325,8 @@ clipped.defvjp(lambda h: (h, None), lambda _, g: (jnp.clip(g, -0.1, 0.1),))
 
 
 @pytest.mark.parametrize("entry", ["chain", "parallel_backward"])
-def test_an_obstacle_is_crossed_alone(entry):
+def test_an_obstacle_is_crossed_alone(entry, monkeypatch):
+    monkeypatch.setattr(planning, "machine", lambda _: a_machine_that_walks())
     make = arrays("float64")
     layers = [*[dense] * 9, lambda _, h: clipped(h), *[dense] * 9]
     params = [*(layer(make, 4, 4) for _ in range(9)), None, *(layer(make, 4, 4) for _ in range(9))]
