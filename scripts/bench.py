@@ -60,19 +60,20 @@ def loss_through(problem: Problem, scan: Callable[..., Any]) -> Callable[..., ja
 class Run(NamedTuple):
     """A compiled program at its inputs: called, it is not waited for.
 
-    temporary: bytes, as XLA plans them. first: seconds of tracing and compiling.
+    temporary: bytes, as XLA plans them. first: seconds of tracing and compiling. program: what JAX compiled.
     """
 
     call: Callable[[], Any]
     temporary: int
     first: float
+    program: Any
 
 
 def compiled(f: Callable[..., Any], *args: Any) -> Run:
     begun = time.perf_counter()
     program = jax.jit(f).lower(*args).compile()
     analysis = program.memory_analysis()
-    return Run(lambda: program(*args), 0 if analysis is None else analysis.temp_size_in_bytes, time.perf_counter() - begun)
+    return Run(lambda: program(*args), 0 if analysis is None else analysis.temp_size_in_bytes, time.perf_counter() - begun, program)
 
 
 def gradient(problem: Problem, scan: Callable[..., Any]) -> Run:

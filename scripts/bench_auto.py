@@ -85,19 +85,19 @@ def summary(results: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def _kept(path: Path, where: str) -> list[dict[str, Any]]:
+def kept(path: Path, where: str, option: str = "--json") -> Any:
     """The results of a file, if they are of the same problems on the same machine."""
     try:
-        kept = json.loads(path.read_text())
-        found, results = kept["where"], kept["results"]
+        read = json.loads(path.read_text())
+        found, results = read["where"], read["results"]
     except (ValueError, KeyError, TypeError):
-        raise click.BadParameter(f"{path} is no file of results: give another", param_hint="--json") from None
+        raise click.BadParameter(f"{path} is no file of results: give another", param_hint=option) from None
     if found != where:
-        raise click.BadParameter(f"{path} holds results of {found!r}, this is {where!r}: give another file", param_hint="--json")
+        raise click.BadParameter(f"{path} holds results of {found!r}, this is {where!r}: give another file", param_hint=option)
     return results
 
 
-def _keep(path: Path, where: str, results: list[dict[str, Any]]) -> None:
+def keep(path: Path, where: str, results: Any) -> None:
     """Written beside and moved, so that an interrupt leaves the last whole file."""
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(path.name + ".part")
@@ -118,13 +118,13 @@ def main(seed: int, count: int, rounds: int, unrolls: tuple[int, ...], most: flo
     where = f"{jax.devices()[0].device_kind}, {platform.machine()}, jax {jax.__version__}, seed {seed}, at most {most:.3g}"
     results: list[dict[str, Any]] = []
     if path is not None and path.exists():
-        results = _kept(path, where)
+        results = kept(path, where)
     try:
         done = {result["row"] for result in results}
         for row in tqdm([row for row in draw(seed, count, most=most) if row not in done], unit="problem", leave=False):
             results.append(measure(row, (1, *(u for u in unrolls if u > 1)), rounds, seed))
             if path is not None:
-                _keep(path, where, results)
+                keep(path, where, results)
     except KeyboardInterrupt:
         click.echo(f"interrupted after {len(results)} of {count} problems", err=True)
     click.echo(where)
