@@ -157,7 +157,7 @@ def _traced(cell: Callable, weights: Any, start: Any, xs: Any) -> tuple[Step, St
 def _terms(step: Step, structure: Structure, method: Method) -> np.ndarray:
     """How often each of a machine's times is counted: the model is linear in them."""
     units = np.eye(len(fields(Machine)))
-    return np.array([timing.seconds(step, structure, method, Machine(*unit)) for unit in units])
+    return np.array([timing.seconds(step, structure, method, Machine(*unit), jax.default_backend()) for unit in units])
 
 
 def _seconds(cell: Callable, method: Method, weights: Any, start: Any, xs: Any) -> float:

@@ -19,7 +19,7 @@ class Machine:
 
     Attributes:
         start: a call of a compiled program.
-        fused: a step of a loop that the compiler makes one kernel of.
+        fused: a step of a loop that the compiler makes one kernel of; on a CPU alone.
         call, kernel, slot: in a step of any other loop, a product of matrices, any other kernel, and an array that is read from, or written to, one that
             holds all steps: its launch, its arguments, its result.
         product, element, function: inside of a loop, a floating-point operation of a matrix product, an entry computed by arithmetic, and one by a
@@ -48,7 +48,7 @@ class Machine:
     entry: float
 
 
-# Fitted, in logarithms, to the times of 90 recurrences (`scripts/problems.py`, seed 0) by several methods, on 2 cores of a virtual Xeon.
+# Fitted, in logarithms, to the times of 90 recurrences (`draw` in `scripts/problems.py`, seed 0) by `lax`, `sequential` and `walk`, on 2 cores of a Xeon.
 # Another machine may well be three times as fast in all of them: what is chosen follows from their ratios.
 CPU_BEFORE = Machine(
     start=6400, fused=71, call=517, kernel=40, slot=30,
@@ -61,8 +61,13 @@ CPU_SINCE = Machine(
     all_call=170, all_kept=0.007, all_product=0.0001, all_element=0.003, all_function=1.4, level=178, entry=2.1,
 )  # fmt: skip  # JAX 0.12.0.1
 
-
-GPU = CPU_SINCE
+# Fitted to the 21 whole gradients on an H100 that README, *When it pays*, lists (JAX 0.11.2, `lax`, `sequential`, `Chunked`): within a factor of 2 of each.
+# No more than the order of magnitude of what waits there: a kernel, a product, a level. What computes hardly shows in those times.
+GPU = Machine(
+    start=2.0e5, fused=8100, call=1800, kernel=3500, slot=300,
+    product=8e-6, element=8e-4, function=8e-4, kept=8e-4,
+    all_call=0.8, all_kept=0.009, all_product=1.2e-5, all_element=1.8e-3, all_function=8e-4, level=34000, entry=8e-6,
+)  # fmt: skip
 TPU = GPU  # a guess: nobody has measured one
 
 

@@ -112,7 +112,7 @@ class Plan:
         found = {}
         for method in (BY_NAME[name]() for name in BY_NAME):
             method = sized(method if type(method) is not type(self.method) else self.method, step.count, self.blocks)
-            time = timing.seconds(step, structure, method, machine(given.platform))
+            time = timing.seconds(step, structure, method, machine(given.platform), given.platform)
             if time is not None:
                 found[type(method).__name__] = time, memory.of_gradient(step, structure, method)
         return found

@@ -150,26 +150,27 @@ def _together(program: Program, wanted: Sequence[int]) -> Work:
 # --- times ----------------------------------------------------------------------------------------------------------------
 
 
-def seconds(step: Step, structure: Structure, method: Method, machine: Machine) -> float | None:
+def seconds(step: Step, structure: Structure, method: Method, machine: Machine, platform: str) -> float | None:
     """Of the value and the gradient of a recurrence, by one method, its sizes chosen; None if it has no gradient."""
     one = parts(step.program)
     if one is None:
         return None
+    loop = functools.partial(_loop, machine, platform == "cpu")
     if isinstance(method, Lax):
-        return 1e-9 * (machine.start + step.count * (_loop(machine, one.linearising) + _loop(machine, one.whole)))
-    each = _loop(machine, one.forward) + _at_once(machine, one.at_once) / ALONG + machine.all_kept * one.back.entries
+        return 1e-9 * (machine.start + step.count * (loop(one.linearising) + loop(one.whole)))
+    each = loop(one.forward) + _at_once(machine, one.at_once) / ALONG + machine.all_kept * one.back.entries
     if isinstance(method, Sequential):
-        return 1e-9 * (machine.start + step.count * (each + _loop(machine, one.back)))
+        return 1e-9 * (machine.start + step.count * (each + loop(one.back)))
     found = costs([step], [structure], method)
     forming = _at_once(machine, one.back.work) * found.flops["forming"] / max(push_flops(step.program), 1)
     pushed = found.flops["down-sweep"] + found.flops["up-sweep"]
     return 1e-9 * (machine.start + step.count * each + forming + machine.level * found.depth + machine.entry * pushed / 2)
 
 
-def _loop(machine: Machine, one: Loop) -> float:
-    """A step of a loop, in ns."""
+def _loop(machine: Machine, fuses: bool, one: Loop) -> float:
+    """A step of a loop, in ns; of one that is made a single kernel of, if the compiler ever does."""
     work = one.work
-    waiting = machine.fused if one.is_fused else machine.call * work.calls + machine.kernel * work.kernels + machine.slot * one.slots
+    waiting = machine.fused if fuses and one.is_fused else machine.call * work.calls + machine.kernel * work.kernels + machine.slot * one.slots
     return waiting + machine.product * work.products + machine.element * work.elements + machine.function * work.functions + machine.kept * one.entries
 
 

@@ -69,7 +69,9 @@ class Chain(NamedTuple):
 @functools.cache
 def a_machine_that_walks() -> machines.Machine:
     """One where an operation on explicit Jacobians takes next to nothing, and what is computed at once, too: `auto` takes `Walk`."""
-    return replace(machines.default("cpu"), start=1e-3, level=1e-3, entry=1e-6, **dict.fromkeys(("all_call", "all_product", "all_element", "all_function"), 1e-6))
+    return replace(
+        machines.default("cpu"), start=1e-3, level=1e-3, entry=1e-6, **dict.fromkeys(("all_call", "all_product", "all_element", "all_function"), 1e-6)
+    )
 
 
 def make_chain(kind: str, length: int, dtype: str, seed: int = 0) -> Chain:

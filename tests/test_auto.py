@@ -110,7 +110,7 @@ def test_what_is_a_little_ahead_of_the_favourite_is_not_chosen(monkeypatch):
 
     def chosen(sequential, lax):
         told = {Lax: lax, Sequential: sequential, Walk: 9.0}
-        monkeypatch.setattr(timing, "seconds", lambda step, structure, method, machine: told[type(method)])
+        monkeypatch.setattr(timing, "seconds", lambda step, structure, method, machine, platform: told[type(method)])
         plan = planning.plan_for(program, 1000, None, None, fallback=Lax(), platform="cpu")[0]
         return type(plan.method), "hardly more" in plan.reason
 
@@ -154,7 +154,7 @@ def test_the_terms_are_counted_by_hand():
     one = dict.fromkeys((field.name for field in fields(machines.Machine)), 0.0)
     machine = machines.Machine(**{**one, "function": 1.0})
     step = Step(traced(lambda h, x: jnp.tanh(h @ W[8]), (4, 8), (4, 8)), 100, True)
-    assert timing.seconds(step, None, Lax(), machine) == pytest.approx(1e-9 * 100 * 32)
+    assert timing.seconds(step, None, Lax(), machine, "cpu") == pytest.approx(1e-9 * 100 * 32)
 
 
 @pytest.mark.parametrize("time, words", [(2e-7, "0.2 µs"), (1.26e-5, "13 µs"), (9.96e-5, "100 µs"), (0.0123, "12 ms"), (0.0012, "1.2 ms"), (75.0, "75 s")])
