@@ -1,8 +1,17 @@
 #!/usr/bin/env python
-"""How long a whole gradient takes through `parscan.scan`, beside the honest sequential baselines.
+"""How long gradients take through parscan, beside the honest sequential baselines.
 
-Each row is a recurrent cell with B states of width n over T steps, every hidden state carrying a cotangent, the gradient being
-taken in the weights and in the initial state. In one run, on the same inputs, results compared first, interleaved:
+\b
+  bench.py --quick              a few small rows of every suite, in a minute or two
+  bench.py --suite bppsa        one suite; may be repeated, `all` is every one
+  bench.py --row gru:16:8       single recurrences; without any, a few for this platform
+
+Suites: bppsa, deer, elementwise, deep (times of forward, backward alone, whole gradient and training step), structure (each kind of Jacobian beside
+full blocks), auto (recurrences drawn at random), compile (first calls), memory. Their results go to one file a machine, written after every row: the
+same command goes on where it was interrupted. `scripts/performance.py` makes docs/performance.md of such files.
+
+A single row is a recurrent cell with B states of width n over T steps, every hidden state carrying a cotangent, the gradient being taken in the weights
+and in the initial state. In one run, on the same inputs, results compared first, interleaved:
 
 \b
   lax         jax.value_and_grad through jax.lax.scan
@@ -17,8 +26,6 @@ waited for once: on an accelerator a call from Python alone takes 0.1 ms.
 from __future__ import annotations
 
 import functools
-import json
-import platform
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -30,6 +37,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from problems import Problem, make, parse
+from results import keep, machine
 from tqdm import tqdm
 
 import parscan
@@ -39,6 +47,7 @@ GPU_ROWS = (
     *("rnn:16:20:256", "rnn:16:20:10000", "rnn:16:20:30000", "rnn:1:8:100000", "rnn:16:64:10000", "rnn:16:128:1024"),
     *("gru:16:16:10000", "elementwise:1:1024:16384"),
 )
+SUITE_NAMES = ("bppsa", "deer", "elementwise", "deep", "structure", "auto", "compile", "memory")
 SHORT = 1e-2  # seconds that a measurement takes at least
 LONG = 1.0  # seconds of a call from which on three measurements do
 
@@ -66,7 +75,7 @@ class Run(NamedTuple):
     call: Callable[[], Any]
     temporary: int
     first: float
-    program: Any
+    program: Any = None
 
 
 def compiled(f: Callable[..., Any], *args: Any) -> Run:
@@ -183,39 +192,51 @@ def table(results: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-@click.command(help=__doc__, context_settings={"max_content_width": 120})
-@click.option("--row", "rows", multiple=True, metavar="CELL:B:N[:T]", help="A problem, e.g. gru:16:8; may be repeated. Default: a set for this platform.")
-@click.option("--length", default=4096, show_default=True, type=click.IntRange(2), help="Steps T of rows that do not say.")
-@click.option("--pairs", default=7, show_default=True, type=click.IntRange(5), help="Interleaved measurements of every column.")
-@click.option(
-    "--method", "extra", multiple=True, type=click.Choice(["walk", "tree", "associative", "chunked"]), help="Further methods to time; may be repeated."
-)
-@click.option("--jobs", default=1, show_default=True, type=click.IntRange(1), help="Programs to compile at once; first calls are told right by 1 alone.")
-@click.option("--seed", default=0, show_default=True, help="Seed of weights and inputs.")
-@click.option("--json", "path", type=click.Path(dir_okay=False, path_type=Path), help="Also write every figure to this file.")
-def main(rows: tuple[str, ...], length: int, pairs: int, extra: tuple[str, ...], jobs: int, seed: int, path: Path | None) -> None:
+def measure_rows(rows: tuple[str, ...], length: int, pairs: int, seed: int, extra: tuple[str, ...], jobs: int, path: Path | None) -> None:
+    """Single rows, and their table."""
     for row in rows:
         try:
             parse(row, length)
         except ValueError as error:
             raise click.BadParameter(str(error), param_hint="--row") from None
     chosen = rows or (ROWS if jax.default_backend() == "cpu" else GPU_ROWS)
-    device = jax.devices()[0]
-    where = f"{device.device_kind}, {platform.machine()}, jax {jax.__version__}, Python {platform.python_version()}, float32"
+    where = machine()
     click.echo(f"{where}\n")
     results: list[dict[str, Any]] = []
     try:
         for row in tqdm(chosen, desc="rows", unit="row", leave=False):
             results.append(measure(row, length, pairs, seed, extra, jobs))
             if path is not None:
-                path.parent.mkdir(parents=True, exist_ok=True)
-                path.write_text(json.dumps({"where": where, "results": results}, indent=1))
+                keep(path, {"where": where, "results": results})
     except KeyboardInterrupt:
         click.echo(f"interrupted after {len(results)} of {len(chosen)} rows", err=True)
     if results:
         click.echo(table(results))
         if path is not None:
             click.echo(f"\nwrote {path}")
+
+
+@click.command(help=__doc__, context_settings={"max_content_width": 120})
+@click.option("--suite", "suites", multiple=True, type=click.Choice([*SUITE_NAMES, "all"]), help="A suite; may be repeated.")
+@click.option("--quick", is_flag=True, help="A few small rows of each suite; of all, if none is named.")
+@click.option("--row", "rows", multiple=True, metavar="CELL:B:N[:T]", help="A problem, e.g. gru:16:8; may be repeated. Default: a set for this platform.")
+@click.option("--length", default=4096, show_default=True, type=click.IntRange(2), help="Steps T of rows that do not say.")
+@click.option("--pairs", default=7, show_default=True, type=click.IntRange(5), help="Interleaved measurements of every column; 3 for what takes over a second.")
+@click.option(
+    "--method", "extra", multiple=True, type=click.Choice(["walk", "tree", "associative", "chunked"]), help="Further methods to time; may be repeated."
+)
+@click.option("--jobs", default=1, show_default=True, type=click.IntRange(1), help="Programs to compile at once; first calls are told right by 1 alone.")
+@click.option("--seed", default=0, show_default=True, help="Seed of weights and inputs.")
+@click.option("--bytes", "limit", type=float, help="Of a suite's row: what inputs and states may take. Default: 5e8, on an accelerator 1/8 of its memory.")
+@click.option("--json", "path", type=click.Path(dir_okay=False, path_type=Path), help="File of results. Default for suites: out/bench/, named by the machine.")
+def main(suites: tuple[str, ...], quick: bool, rows: tuple[str, ...], limit: float | None, path: Path | None, **asked: Any) -> None:
+    if not suites and not quick:
+        return measure_rows(rows, **asked, path=path)
+    if rows:
+        raise click.UsageError("--row is for single rows: without --suite and --quick")
+    from running import run_suites  # which needs this module
+
+    run_suites(SUITE_NAMES if "all" in suites or not suites else suites, quick, asked["pairs"], limit, asked["seed"], path)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,6 @@ written after every problem; started again with the same file and seed, the run 
 
 from __future__ import annotations
 
-import json
 import platform
 from pathlib import Path
 from typing import Any
@@ -24,6 +23,7 @@ import jax
 import numpy as np
 from bench import Run, gaps, gradient, interleaved
 from problems import draw, make
+from results import keep, kept
 from tqdm import tqdm
 
 import parscan
@@ -85,26 +85,6 @@ def summary(results: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def kept(path: Path, where: str, option: str = "--json") -> Any:
-    """The results of a file, if they are of the same problems on the same machine."""
-    try:
-        read = json.loads(path.read_text())
-        found, results = read["where"], read["results"]
-    except (ValueError, KeyError, TypeError):
-        raise click.BadParameter(f"{path} is no file of results: give another", param_hint=option) from None
-    if found != where:
-        raise click.BadParameter(f"{path} holds results of {found!r}, this is {where!r}: give another file", param_hint=option)
-    return results
-
-
-def keep(path: Path, where: str, results: Any) -> None:
-    """Written beside and moved, so that an interrupt leaves the last whole file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(path.name + ".part")
-    beside.write_text(json.dumps({"where": where, "results": results}))
-    beside.replace(path)
-
-
 @click.command(help=__doc__, context_settings={"max_content_width": 120})
 @click.option("--seed", default=0, show_default=True, help="Of the list of problems.")
 @click.option("--count", default=120, show_default=True, type=click.IntRange(1), help="Problems.")
@@ -124,7 +104,7 @@ def main(seed: int, count: int, rounds: int, unrolls: tuple[int, ...], most: flo
         for row in tqdm([row for row in draw(seed, count, most=most) if row not in done], unit="problem", leave=False):
             results.append(measure(row, (1, *(u for u in unrolls if u > 1)), rounds, seed))
             if path is not None:
-                keep(path, where, results)
+                keep(path, {"where": where, "results": results})
     except KeyboardInterrupt:
         click.echo(f"interrupted after {len(results)} of {count} problems", err=True)
     click.echo(where)

@@ -21,6 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 from bench import gap, seconds
 from problems import gru
+from results import markdown
 from tqdm import tqdm
 
 import parscan
@@ -29,11 +30,6 @@ import parscan
 def where() -> str:
     """The machine, in words."""
     return f"{jax.devices()[0].device_kind}, jax {jax.__version__}"
-
-
-def markdown(head: list[str], rows: list[list[Any]]) -> str:
-    """A table."""
-    return "\n".join("| " + " | ".join(map(str, row)) + " |" for row in (head, ["---"] * len(head), *rows))
 
 
 # --- finding --------------------------------------------------------------------------------------------------------------
@@ -179,20 +175,29 @@ def backward_pass(layer: Callable[..., Any], shape: tuple[int, ...], length: int
     return lambda: jax.block_until_ready(compiled(weights, activations)), kind
 
 
+WIDTHS = (4, 9, 16, 36, 64, 144)
+
+
+def kind_figures(name: str, n: int, length: int, rounds: int) -> dict[str, Any]:
+    """By method, the kind that is found, and every round's ratio: time with full blocks over time with that kind."""
+    layer, shape = kind_problems(n)[name], (round(n**0.5),) * 2 if name.startswith("Kronecker") else (n,)
+    found: dict[str, Any] = {}
+    for method in ("walk", "tree"):
+        (special, kind), (full, _) = backward_pass(layer, shape, length, method, "auto"), backward_pass(layer, shape, length, method, "dense")
+        if gap(special(), full()) > 1e-3:
+            raise click.ClickException(f"{name} {n}: gradients disagree")
+        times = interleaved({"special": special, "full": full}, rounds)
+        found[method] = {"kind": kind, "ms": {run: 1e3 * float(np.median(t)) for run, t in times.items()}, "ratio": times["full"] / times["special"]}
+    return found
+
+
 def kinds(length: int, rounds: int, only: str) -> tuple[list[str], list[list[Any]]]:
     """Time with full blocks over time with the kind that is found."""
     rows = []
     for name in (name for name in kind_problems(16) if name.startswith(only)):
-        for n in (4, 9, 16, 36, 64, 144):
-            layer, shape = kind_problems(n)[name], (round(n**0.5),) * 2 if name.startswith("Kronecker") else (n,)
-            row: list[Any] = [name, n]
-            for method in ("walk", "tree"):
-                (special, kind), (full, _) = backward_pass(layer, shape, length, method, "auto"), backward_pass(layer, shape, length, method, "dense")
-                if gap(special(), full()) > 1e-3:
-                    raise click.ClickException(f"{name} {n}: gradients disagree")
-                times = interleaved({"special": special, "full": full}, rounds)
-                row += [kind, f"{float(np.median(times['full'] / times['special'])):.2f}"]
-            rows.append(row)
+        for n in WIDTHS:
+            found = kind_figures(name, n, length, rounds)
+            rows.append([name, n, *(cell for one in found.values() for cell in (one["kind"], f"{float(np.median(one['ratio'])):.2f}"))])
     return ["layer", "n", "walk works with", "walk ×", "tree works with", "tree ×"], rows
 
 

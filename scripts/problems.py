@@ -1,4 +1,4 @@
-"""The recurrences that the benchmarks time: cells as people write them, their weights, states and inputs, and a draw of them over all axes."""
+"""What the benchmarks time: cells as people write them, their weights, states and inputs, a draw of them over all axes, and a residual network."""
 
 from __future__ import annotations
 
@@ -159,6 +159,18 @@ def make(row: str, length: int, seed: int) -> Problem:
         weights["V"] = 0.9 * jax.random.normal(keys[4], (n, n)) / n**0.5
     start = jax.random.normal(keys[2], state(b, n))
     return Problem(cell, weights, (start, start) if name == "lstm" else start, jax.random.normal(keys[3], (length, *given(b, n))))
+
+
+def layer(params: Weights, h: jax.Array) -> jax.Array:
+    """A layer of a residual network: h + relu(h W + b) V."""
+    return h + jax.nn.relu(h @ params["W"] + params["b"]) @ params["V"]
+
+
+def network(layers: int, width: int, batch: int, seed: int) -> tuple[Weights, jax.Array]:
+    """Stacked parameters of a residual network, so scaled that its states keep their size, and its inputs."""
+    keys = jax.random.split(jax.random.key(seed), 3)
+    w, v = (jax.random.normal(key, (layers, width, width)) / width**0.5 for key in keys[:2])
+    return {"W": w, "b": jnp.zeros((layers, width)), "V": v / layers**0.5}, jax.random.normal(keys[2], (batch, width))
 
 
 def draw(seed: int, count: int, *, most: float = 1e8) -> list[str]:

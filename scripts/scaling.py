@@ -46,9 +46,9 @@ import click
 import jax
 import jax.numpy as jnp
 from bench import Run, backward, compiled, gaps, gradient, interleaved, seconds
-from bench_auto import keep, kept
 from hlo_costs import costs
 from problems import FEW, Problem, make, parse
+from results import keep, kept
 from scaling_report import AXES, report, table
 from tqdm import tqdm
 
@@ -240,7 +240,7 @@ def main(
     limits = f"L ≤ {longest}, Jacobians ≤ {most_bytes / 1e9:.3g} GB, {rounds} rounds, seed {seed}"
     where, path = _where(f"{'quick, ' if quick else ''}{cell}; {', '.join(found)}; lax, {', '.join(methods)}; {limits}"), out / "scaling.json"
     about = {"cell": cell, "mixes": cell not in FEW, "cpu": jax.default_backend() == "cpu"}
-    results = kept(path, where, "--out") if path.exists() else {**about, "sweeps": found, "points": {}}
+    results = kept(path, where, option="--out") if path.exists() else {**about, "sweeps": found, "points": {}}
     click.echo(f"{where}\n")
 
     def measured(row: str) -> dict[str, Any]:
@@ -252,7 +252,7 @@ def main(
 
     try:
         results["peaks"] = results.get("peaks") or peaks()
-        run_all(found, results, deadline, measured, functools.partial(keep, path, where, results))
+        run_all(found, results, deadline, measured, lambda: keep(path, {"where": where, "results": results}))
     except KeyboardInterrupt:
         click.echo(f"interrupted after {len(results['points'])} problems; started again, it goes on", err=True)
     if any("seconds" in point for point in results["points"].values()):

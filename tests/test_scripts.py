@@ -133,7 +133,9 @@ def test_conformance_complains_in_one_line(tmp_path):
     assert done.returncode == 1 and "Traceback" not in done.stderr and "/nowhere/python" in done.stderr
 
 
-@pytest.mark.parametrize("script", ["train.py", "bench.py", "draw_tree.py", "conformance.py", "accuracy.py", "bench_memory.py", "bench_auto.py", "scaling.py"])
+@pytest.mark.parametrize(
+    "script", ["train.py", "bench.py", "draw_tree.py", "conformance.py", "accuracy.py", "bench_memory.py", "bench_auto.py", "scaling.py", "performance.py"]
+)
 def test_help_has_real_text(script):
     done = run(script, "--help")
     assert done.returncode == 0
