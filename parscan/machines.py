@@ -48,17 +48,17 @@ class Machine:
     entry: float
 
 
-# Fitted, in logarithms, to the times of 90 recurrences (`draw` in `scripts/problems.py`, seed 0) by `lax`, `sequential` and `walk`, on 2 cores of a Xeon.
-# Another machine may well be three times as fast in all of them: what is chosen follows from their ratios.
+# Fitted, in logarithms, to the times of 90 recurrences (before JAX 0.12: of 227) by `lax`, `sequential` and `walk`, on 2 cores of a Xeon: `draw` in
+# `scripts/problems.py`, seeds 0 to 2. Another machine may well be three times as fast in all of them: what is chosen follows from their ratios.
 CPU_BEFORE = Machine(
-    start=6400, fused=71, call=517, kernel=40, slot=30,
-    product=0.020, element=0.13, function=2.4, kept=0.008,
-    all_call=2.7, all_kept=0.005, all_product=0.0001, all_element=0.006, all_function=1.3, level=203, entry=2.4,
+    start=17000, fused=34, call=470, kernel=19, slot=24,
+    product=0.024, element=0.21, function=1.6, kept=0.002,
+    all_call=16, all_kept=0.007, all_product=2e-5, all_element=0.04, all_function=0.89, level=140, entry=1.9,
 )  # fmt: skip  # JAX 0.10.2
 CPU_SINCE = Machine(
-    start=11000, fused=57, call=527, kernel=97, slot=0.6,
-    product=0.018, element=0.08, function=2.2, kept=0.07,
-    all_call=170, all_kept=0.007, all_product=0.0001, all_element=0.003, all_function=1.4, level=178, entry=2.1,
+    start=14000, fused=49, call=540, kernel=90, slot=0.2,
+    product=0.020, element=0.15, function=1.5, kept=0.011,
+    all_call=165, all_kept=0.005, all_product=5e-5, all_element=0.011, all_function=1.0, level=167, entry=2.0,
 )  # fmt: skip  # JAX 0.12.0.1
 
 # Fitted to the 21 whole gradients on an H100 that README, *When it pays*, lists (JAX 0.11.2, `lax`, `sequential`, `Chunked`): within a factor of 2 of each.

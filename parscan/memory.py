@@ -18,7 +18,9 @@ from parscan.methods import Associative, Chunked, Method, Sequential, Travelling
 from parscan.structure import Structure
 
 SHARE = 0.5  # of the device's memory that a backward pass may take unless told otherwise
-LITTLE = 2**26  # bytes that nobody misses, where every segment costs a start of all that is computed at once
+LITTLE = 2**26  # bytes on an accelerator that nobody misses, where every segment makes the device wait
+MANY, CACHED = 2**25, 2**21  # bytes on a CPU from which on segments pay that stay in cache, and what these hold
+FEWEST = 8  # steps of such a segment
 BESIDE = 10  # times the states of a chain that a whole gradient holds beside: inputs, outputs, cotangents of all, what the guard compares; as on a GPU
 COPIES = {Walk: 2, Associative: 5}  # of every map formed, with its products and what the guard compares: as XLA's buffers show; the others 3
 
@@ -69,7 +71,7 @@ def fitting(
 
     Args:
         method: sizes chosen. asked: the segment that the user has asked for, if any.
-        modest: hold no more than about what the loop's own backward pass does, or than is little.
+        modest: hold no more than about what the loop's own backward pass does, or than is little; on a CPU, what is quickest.
 
     Raises:
         ValueError: what is asked for takes more than the device has, and what would not.
@@ -90,9 +92,16 @@ def fitting(
             return replace(method, segment=fits), why
         if method.is_parallel and not modest:  # what was chosen is never refused
             raise ValueError(_too_much(method, size, need(size), beside, device, structures, fits))
+    if not modest or asked is not None:
+        return method, ""
+    if platform == "cpu":
+        if need(size) > MANY and size > FEWEST:
+            fits = max(FEWEST, _longest(need, longest, size, CACHED))
+            return replace(method, segment=fits), f"; in segments of {fits}, which stay in cache"
+        return method, ""
     # Half of what the loop keeps: the chain's states and cotangents are held beside.
     enough = max(sum(step.count * of_variables(step) for step in steps) / 2, LITTLE)
-    if modest and asked is None and need(size) > enough:
+    if need(size) > enough:
         fits = max(1, _longest(need, longest, size, enough))
         return replace(method, segment=fits), f"; in segments of {fits}, to hold no more than the loop's own backward pass does"
     return method, ""

@@ -22,7 +22,7 @@ from parscan.methods import Lax, Method, Sequential
 from parscan.structure import Structure
 
 FUSES_LOOPS = jax.__version_info__ >= (0, 12)  # whether XLA makes one kernel of the body of any loop on a CPU that multiplies no matrices
-SMALL_LOOP = 512  # bytes that a step reads and writes up to which it did so before
+SMALL_LOOP = 320  # bytes that a step reads and writes up to which it did so before
 
 
 class Loop(NamedTuple):
@@ -78,9 +78,10 @@ def parts(program: Program) -> Parts | None:
     weights = [a for a in consts if is_inexact(a)]
     wanted = (0, 1) if weights else (1, 2)
     try:
-        everything, whole = _pulled(program, wanted)
-        _, back = _pulled(program, (1,))
-        together = _together(program, (0,) if weights else (2,))
+        with jax.numpy_rank_promotion("allow"):  # a setting for the user's step, which has been traced
+            everything, whole = _pulled(program, wanted)
+            _, back = _pulled(program, (1,))
+            together = _together(program, (0,) if weights else (2,))
     except ValueError:  # a `while_loop`
         return None
     linearising = Work(*(max(a - b, 0) for a, b in zip(everything, whole.work, strict=True)))

@@ -41,7 +41,8 @@ def measure(row: str, unrolls: tuple[int, ...], rounds: int, seed: int) -> dict[
     runs: dict[str, Run] = {m: gradient(problem, scan) for m, scan in scans.items()}
     gaps(row, runs, "lax 1")
     plan = parscan.plan(lambda h, x: (problem.cell(problem.weights, h, x),) * 2, problem.start, problem.inputs)
-    return {"row": row, "auto": repr(plan.method), "reason": plan.reason, "seconds": interleaved(runs, rounds)}
+    told = {("lax 1" if method == "Lax" else method.lower()): time for method, time in plan.seconds.items()}
+    return {"row": row, "auto": repr(plan.method), "reason": plan.reason, "told": told, "seconds": interleaved(runs, rounds)}
 
 
 def judged(result: dict[str, Any]) -> dict[str, Any]:
@@ -63,6 +64,21 @@ def judged(result: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+def predictions(results: list[dict[str, Any]]) -> dict[str, list[tuple[float, float]]]:
+    """The seconds that were told and those that were measured, by method; of results that hold what was told."""
+    found: dict[str, list[tuple[float, float]]] = {}
+    for result in results:
+        for method, time in result.get("told", {}).items():
+            if method in result["seconds"]:
+                found.setdefault(method, []).append((time, float(np.median(result["seconds"][method]))))
+    return found
+
+
+def near(pairs: list[tuple[float, float]]) -> float:
+    """The share of predictions within a factor of 2."""
+    return float(np.mean([0.5 <= told / measured <= 2 for told, measured in pairs]))
+
+
 def geometric(values: list[float]) -> str:
     return f"{float(np.exp(np.mean(np.log(values)))):.2f}" if values else "–"
 
@@ -82,6 +98,10 @@ def summary(results: list[dict[str, Any]]) -> str:
         *(f"  {one}" for one in lost),
         f"within 1.25 × of parscan's best: {np.mean([one['own'] <= 1.25 for _, one in found]):.0%}",
     ]
+    told = predictions(results)
+    if told:
+        each = ", ".join(f"{method} {near(pairs):.0%}" for method, pairs in told.items())
+        lines.append(f"told within a factor of 2: {near([pair for pairs in told.values() for pair in pairs]):.0%} ({each})")
     return "\n".join(lines)
 
 

@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Makes docs/performance.md, and its pictures, of the files of results in docs/results: no figure on that page is typed by hand.
+"""Makes docs/performance.md, its pictures, and README's account of `auto`, of the files of results in docs/results: no figure of these is typed by hand.
 
 \b
   performance.py                     writes the page
@@ -19,7 +19,7 @@ import click
 from bench import SUITE_NAMES
 from results import keep
 from suites import SUITES
-from tables import COLUMNS, MEANINGS, picture, table
+from tables import COLUMNS, MEANINGS, bullets, by_seed, picture, predicted, table
 
 DOCS = Path(__file__).resolve().parent.parent / "docs"
 PAGE = "performance.md"
@@ -68,16 +68,18 @@ def contents(docs: Path) -> dict[str, dict[str, Any]]:
     return found
 
 
-def section(name: str, content: dict[str, Any], drawn: bool) -> list[str]:
+def section(name: str, content: dict[str, Any], drawn: bool, told: bool) -> list[str]:
     """A machine's part of the page."""
     where = f"{content['machine']}: {content['where']}"
-    parts = [f"## {content['machine']}, jax {content['where'].split('jax ')[1].split(',')[0]}"]
+    parts = [f"## {content['machine']}, jax {_jax(content)}"]
     if drawn:
         parts.append(f"![The gain of auto over lax.scan, by steps and coordinates](results/{name}.png)")
     for suite in SUITE_NAMES:
         if rows := content["suites"].get(suite):
             quick = " From a quick run, a few small rows." if all(row.get("quick") for row in rows) else ""
             parts += [f"### {suite}", f"{SUITES[suite].about} {MEANINGS[suite]}", f"{where}.{quick}", table(suite, rows)]
+            if suite == "auto" and told:
+                parts.append(f"![Times that plans tell beside the times measured](results/{name}-told.png)")
     missing = [suite for suite in SUITE_NAMES if not content["suites"].get(suite)]
     return [*parts, *([f"Unmeasured here: {', '.join(missing)}."] if missing else [])]
 
@@ -91,8 +93,27 @@ def page(docs: Path, draw: bool) -> str:
         parts.append(f"On a {' and on a '.join(absent)} these suites are unmeasured.")
     for name, content in found.items():
         drawn = picture(content["suites"], f"{content['machine']}: {content['where']}", docs / "results" / f"{name}.png" if draw else None)
-        parts += section(name, content, drawn)
+        told = predicted(content["suites"], f"{content['machine']}, jax {_jax(content)}", docs / "results" / f"{name}-told.png" if draw else None)
+        parts += section(name, content, drawn, told)
     return "\n\n".join(parts) + "\n"
+
+
+def _jax(content: dict[str, Any]) -> str:
+    return content["where"].split("jax ")[1].split(",")[0]
+
+
+BEGIN, END = "<!-- made by scripts/performance.py -->", "<!-- end -->"
+
+
+def readme(text: str, docs: Path) -> str:
+    """README with what `auto` is worth, by every file that tells, between its two marks."""
+    parts = []
+    for content in contents(docs).values():
+        rows = content["suites"].get("auto", ())
+        for seed, some in by_seed([row for row in rows if not row.get("quick")]).items():
+            parts.append(f"{content['machine']}, JAX {_jax(content)}, list drawn from seed {seed}:\n\n{bullets(some)}")
+    before, _, rest = text.partition(BEGIN)
+    return "\n\n".join([before + BEGIN, *parts, END + rest.partition(END)[2]])
 
 
 @click.command(help=__doc__, context_settings={"max_content_width": 120})
@@ -101,10 +122,12 @@ def page(docs: Path, draw: bool) -> str:
 @click.option("--machine", help="What the page calls the machine of that file; its device if not given.")
 @click.option("--docs", default=DOCS, type=click.Path(exists=True, file_okay=False, path_type=Path), help="The folder of the page.  [default: docs]")
 def main(check: bool, source: Path | None, machine: str | None, docs: Path) -> None:
-    target = docs / PAGE
+    target, front = docs / PAGE, docs.parent / "README.md"
     if check:
         if not target.exists() or target.read_text() != page(docs, draw=False):
             raise click.ClickException(f"{target.name} is not what the results say: run scripts/performance.py")
+        if front.exists() and front.read_text() != readme(front.read_text(), docs):
+            raise click.ClickException(f"{front.name} is not what the results say: run scripts/performance.py")
         click.echo(f"{target.name} is current")
         return
     if source is not None:
@@ -115,6 +138,8 @@ def main(check: bool, source: Path | None, machine: str | None, docs: Path) -> N
         except (ValueError, KeyError, TypeError):
             raise click.BadParameter(f"{source} is no file of results", param_hint="--keep") from None
     target.write_text(page(docs, draw=True))
+    if front.exists():
+        front.write_text(readme(front.read_text(), docs))
     click.echo(f"wrote {target.name}")
 
 

@@ -80,16 +80,33 @@ def structures(rows: Rows) -> str:
     return markdown(head, lines)
 
 
+def bullets(rows: Rows) -> str:
+    """What a list of drawn problems says."""
+    said = "\n".join(line if line.startswith("  ") else f"- {line}" for line in bench_auto.summary(list(rows)).splitlines())
+    return said.replace("\n  ", "\n  - ")
+
+
+def by_seed(rows: Rows) -> dict[int, list[dict[str, Any]]]:
+    found: dict[int, list[dict[str, Any]]] = {}
+    for row in rows:
+        found.setdefault(row.get("seed", 0), []).append(row)
+    return found
+
+
+FEW_PROBLEMS = 20  # up to which each has a line
+
+
 def autos(rows: Rows) -> str:
-    judged = [(row, bench_auto.judged(row)) for row in rows]
+    parts = [f"Seed {seed}:\n\n{bullets(some)}" for seed, some in by_seed(rows).items()]
+    if len(rows) > FEW_PROBLEMS:
+        return "\n\n".join(parts)
     head = ["cell, B × n", "T", "auto chose", "gain ×", "behind ×", "best baseline", "lost"]
     lines = []
-    for row, one in judged:
-        cell, b, n, length = sizes(row["row"])
+    for row in rows:
+        one, (cell, b, n, length) = bench_auto.judged(row), sizes(row["row"])
         title = [f"{cell} {b} × {n}", length, f"`{row['auto']}`"]
         lines.append([*title, f"{one['gain']:.2f}", f"{one['behind']:.2f}", one["base"], "yes" if one["lost"] else "no"])
-    said = "\n".join(line if line.startswith("  ") else f"- {line}" for line in bench_auto.summary(list(rows)).splitlines())
-    return f"{said.replace(chr(10) + '  ', chr(10) + '  - ')}\n\n{markdown(head, lines)}"
+    return "\n\n".join([*parts, markdown(head, lines)])
 
 
 def compiles(rows: Rows) -> str:
@@ -154,6 +171,37 @@ def picture(suites: dict[str, Rows], title: str, path: Path | None) -> bool:
     ticks = range(-math.floor(most), math.floor(most) + 1, max(1, math.floor(most) // 3))
     bar.set_ticks(list(ticks), labels=[figure(2.0**tick) for tick in ticks], fontsize=8)
     drawing.suptitle(title, fontsize=9)
+    drawing.savefig(path, dpi=150)
+    plt.close(drawing)
+    return True
+
+
+COLOURS = {"lax 1": ("#0072B2", "o"), "sequential": ("#D55E00", "s"), "walk": ("#009E73", "^")}  # Okabe and Ito's
+
+
+def predicted(suites: dict[str, Rows], title: str, path: Path | None) -> bool:
+    """Draws the times that a plan tells beside those that were measured, of drawn problems, with the band of a factor of 2; whether there are any."""
+    pairs = bench_auto.predictions(list(suites.get("auto", ())))
+    if not pairs or path is None:
+        return bool(pairs)
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    drawing, axis = plt.subplots(figsize=(4.6, 4.4), layout="constrained")
+    times = [time for some in pairs.values() for pair in some for time in pair]
+    ends = [1e3 * min(times) / 2, 1e3 * max(times) * 2]
+    axis.fill_between(ends, [end / 2 for end in ends], [end * 2 for end in ends], color="0.9", label="within a factor of 2")
+    axis.plot(ends, ends, color="0.5", lw=1)
+    for method, some in pairs.items():
+        colour, marker = COLOURS.get(method, ("black", "x"))
+        label = f"{ {'lax 1': 'lax.scan'}.get(method, method) }: {bench_auto.near(some):.0%}"
+        measured, told = [1e3 * one for _, one in some], [1e3 * one for one, _ in some]
+        axis.scatter(measured, told, s=14, color=colour, marker=marker, alpha=0.7, linewidths=0, label=label)
+    axis.set(xscale="log", yscale="log", xlim=ends, ylim=ends, xlabel="measured, ms", ylabel="told by the plan, ms", aspect="equal")
+    axis.set_title(title, fontsize=8)
+    axis.legend(fontsize=8, frameon=False, loc="upper left")
     drawing.savefig(path, dpi=150)
     plt.close(drawing)
     return True

@@ -126,8 +126,14 @@ def test_little_is_not_cut(monkeypatch):
     assert whole.segment is None and 2 * peak("rnn", 4, 8, None) < peak("rnn", 4, 8, whole) < memory.LITTLE
     monkeypatch.setattr(memory, "LITTLE", peak("rnn", 4, 8, whole) // 2)
     assert chosen("rnn", 4, 8, "gpu").segment < LENGTH
-    monkeypatch.setattr(memory, "LITTLE", 0)
-    assert chosen("rnn", 4, 8, "cpu").segment < LENGTH
+
+
+def test_much_is_cut_into_what_stays_in_cache_on_a_cpu(monkeypatch):
+    monkeypatch.setattr(memory, "MANY", 0)
+    monkeypatch.setattr(memory, "CACHED", 2**14)
+    assert memory.FEWEST < chosen("rnn", 4, 8, "cpu").segment < LENGTH
+    monkeypatch.setattr(memory, "CACHED", 1)
+    assert chosen("rnn", 4, 8, "cpu").segment == memory.FEWEST
 
 
 # --- segments give what the whole gives -------------------------------------------------------------------------------------
