@@ -19,7 +19,7 @@ from parscan.structure import Structure
 
 SHARE = 0.5  # of the device's memory that a backward pass may take unless told otherwise
 LITTLE = 2**26  # bytes on an accelerator that nobody misses, where every segment makes the device wait
-MANY, CACHED = 2**25, 2**21  # bytes on a CPU from which on segments pay that stay in cache, and what these hold
+MANY, CACHED = 2**26, 2**21  # bytes on a CPU from which on segments pay that stay in cache, and what these hold
 FEWEST = 8  # steps of such a segment
 BESIDE = 10  # times the states of a chain that a whole gradient holds beside: inputs, outputs, cotangents of all, what the guard compares; as on a GPU
 COPIES = {Walk: 2, Associative: 5}  # of every map formed, with its products and what the guard compares: as XLA's buffers show; the others 3
