@@ -80,7 +80,7 @@ def calibrate(*, progress: bool = True, save: bool = True, budget: float = BUDGE
     Raises:
         ImportError: `platformdirs` is not there to say where to keep it (`save=True`), or `tqdm` to show a bar (`progress=True`):
             `pip install 'parscan[calibrate]'`.
-        ValueError: `budget` is not positive.
+        OSError: the file cannot be written. ValueError: `budget` is not positive.
 
     Example:
         >>> parscan.calibrate(progress=False, save=False, budget=0.1).machine.start > 0
@@ -88,8 +88,8 @@ def calibrate(*, progress: bool = True, save: bool = True, budget: float = BUDGE
     """
     if not budget > 0:
         raise ValueError(f"`calibrate(budget=...)` must be a positive number of seconds; got {budget!r}.")
-    if save and machines.path() is None:
-        raise ImportError("`parscan.calibrate(save=True)` needs `platformdirs` to say where caches lie: `pip install 'parscan[calibrate]'`.")
+    if save:
+        machines.folder()  # raises before anything is measured
     default, begun = machines.default(jax.default_backend()), time.perf_counter()
     terms, times = [], []
     for sample in _shown(SAMPLES, progress):
@@ -106,7 +106,8 @@ def calibrate(*, progress: bool = True, save: bool = True, budget: float = BUDGE
 
 
 def calibration() -> Machine | None:
-    """What `calibrate` has measured on JAX's default device with these versions of JAX and parscan; None if it has not.
+    """What `calibrate` has measured on JAX's default device with these versions of JAX and parscan; None if it has not, or, with a warning, if its file
+    cannot be read. Plans of this process use what was there when the first of them was made, or was measured since.
 
     Returns:
         the machine, its times in nanoseconds.

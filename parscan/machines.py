@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import functools
 import json
+import logging
 import math
+import tempfile
 import warnings
 from dataclasses import asdict, dataclass, fields
 from importlib import metadata
 from pathlib import Path
 
 import jax
+
+logger = logging.getLogger("parscan")
 
 
 @dataclass(frozen=True)
@@ -80,8 +84,16 @@ def default(platform: str) -> Machine:
 
 @functools.cache
 def machine(platform: str) -> Machine:
-    """What `calibrate` has measured on JAX's default device, if that is of this platform; else the default. Read once in a process."""
-    return (load() if platform == jax.default_backend() else None) or default(platform)
+    """What plans use: what `calibrate` has measured on JAX's default device, if that is of this platform; else the default. Read once in a process.
+
+    A file that cannot be read is said in the log alone: whatever the user makes of warnings, a plan must be made.
+    """
+    if platform != jax.default_backend():
+        return default(platform)
+    found, problem = _read()
+    if problem:
+        logger.warning(problem)
+    return found or default(platform)
 
 
 # --- the cache --------------------------------------------------------------------------------------------------------------
@@ -107,32 +119,55 @@ def path() -> Path | None:
     return user_cache_path("parscan") / f"calibration-{name}.json"
 
 
-def load() -> Machine | None:
-    """The machine in the cache; None if there is none, or, with a warning, if the file is not what `save` writes for this device and these versions."""
-    file = path()
-    if file is None or not file.is_file():
-        return None
+def _read() -> tuple[Machine | None, str]:
+    """The machine in the cache, if there is one; and why the file that is there is not read, if it is not."""
+    file = None
     try:
+        file = path()
+        if file is None or not file.is_file():
+            return None, ""
         found = json.loads(file.read_text())
         if found["of"] != identity():
             raise ValueError(f"it is of {found['of']}")
         values = {name: float(found["nanoseconds"][name]) for name in (one.name for one in fields(Machine))}
         if not all(math.isfinite(value) and value > 0 for value in values.values()):
             raise ValueError("not all of its times are positive numbers")
-        return Machine(**values)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        warnings.warn(f"The calibration in {file} is not read: {error!r}. Defaults are used; `parscan.calibrate()` measures again.", stacklevel=2)
-        return None
+        return Machine(**values), ""
+    except Exception as error:  # whatever lies there
+        return None, f"The calibration in {file or 'the cache'} is not read: {error!r:.200}. Defaults are used; `parscan.calibrate()` measures again."
+
+
+def load() -> Machine | None:
+    """The machine in the cache; None if there is none, or, with a warning, if the file is not what `save` writes for this device and these versions."""
+    found, problem = _read()
+    if problem:
+        warnings.warn(problem, stacklevel=3)
+    return found
+
+
+def folder() -> Path:
+    """Where calibrations are kept, made if need be.
+
+    Raises:
+        ImportError: there is no `platformdirs`. OSError: it cannot be written to.
+    """
+    file = path()
+    if file is None:
+        raise ImportError("`parscan.calibrate(save=True)` needs `platformdirs` to say where caches lie: `pip install 'parscan[calibrate]'`.")
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=file.parent):
+            return file.parent
+    except OSError as error:
+        raise OSError(f"`parscan.calibrate(save=True)` cannot write to {file.parent} ({error.strerror}): make it writable, or pass `save=False`.") from None
 
 
 def save(found: Machine) -> Path:
     """Written beside and moved, so that no other process reads half a file."""
-    file = path()
-    if file is None:
-        raise ImportError("`parscan.calibrate` keeps what it measures where `platformdirs` says: `pip install 'parscan[calibrate]'`.")
-    file.parent.mkdir(parents=True, exist_ok=True)
-    beside = file.with_suffix(".part")
-    beside.write_text(json.dumps({"of": identity(), "nanoseconds": asdict(found)}, indent=1))
-    beside.replace(file)
+    within, file = folder(), path()
+    assert file is not None
+    with tempfile.NamedTemporaryFile("w", dir=within, suffix=".part", delete=False) as beside:
+        json.dump({"of": identity(), "nanoseconds": asdict(found)}, beside, indent=1)
+    Path(beside.name).replace(file)
     machine.cache_clear()
     return file

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import NamedTuple
@@ -215,7 +216,7 @@ def _quickest_on_cpu(step: Step, structure: Structure, name: str, entries: int, 
     found = timing.parts(step.program)
     if found is None:
         return fallback, f"{name} on a CPU: a loop of unknown length in the step, which JAX cannot transpose"
-    told = {type(method).__name__: timing.seconds(step, structure, method, machine("cpu"), "cpu") or 0.0 for method in _on_cpu(step, structure, entries)}
+    told = {type(method).__name__: timing.seconds(step, structure, method, machine("cpu"), "cpu") or math.inf for method in _on_cpu(step, structure, entries)}
     favourite = "Lax" if found.waits_little and isinstance(fallback, Lax) else "Sequential"
     best = min(told, key=lambda name: told[name] / (1 if name == favourite else SURELY[name]))
     method, how = {

@@ -22,30 +22,30 @@ from parscan.methods import Lax, Method, Sequential
 from parscan.structure import Structure
 
 FUSES_LOOPS = jax.__version_info__ >= (0, 12)  # whether XLA makes one kernel of the body of any loop on a CPU that multiplies no matrices
-SMALL_LOOP = 320  # bytes that a step reads and writes up to which it did so before
+SMALL_LOOP = 80  # numbers that a step reads and writes up to which it did so before
 
 
 class Loop(NamedTuple):
     """A step of a loop.
 
-    work: what it computes. slots, entries: the arrays that it reads or writes of those that hold all steps, and their entries. bytes: with what is
-    carried or shared.
+    work: what it computes. slots, entries: the arrays that it reads or writes of those that hold all steps, and their entries. touched: their entries,
+    with those of what is carried or shared.
     """
 
     work: Work
     slots: int = 0
     entries: int = 0
-    bytes: int = 0
+    touched: int = 0
 
     @property
     def is_fused(self) -> bool:
         """Whether XLA's compiler for CPUs makes one kernel of it."""
-        return self.bytes < SMALL_LOOP or (FUSES_LOOPS and not self.work.calls)
+        return self.touched < SMALL_LOOP or (FUSES_LOOPS and not self.work.calls)
 
     def grown(self, slots: int, entries: int, beside: int, more: Work | None = None) -> Loop:
         """With more arrays of all steps, and so many entries that are carried or shared."""
         total = self.entries + entries
-        return Loop(self.work + (more or Work()), self.slots + slots, total, 4 * (total + beside))
+        return Loop(self.work + (more or Work()), self.slots + slots, total, total + beside)
 
 
 class Parts(NamedTuple):
@@ -77,13 +77,13 @@ def parts(program: Program) -> Parts | None:
     consts, carry, x = program.avals
     weights = [a for a in consts if is_inexact(a)]
     wanted = (0, 1) if weights else (1, 2)
-    try:
-        with jax.numpy_rank_promotion("allow"):  # a setting for the user's step, which has been traced
+    with jax.numpy_rank_promotion("allow"):  # a setting for the user's step, which has been traced
+        try:
             everything, whole = _pulled(program, wanted)
-            _, back = _pulled(program, (1,))
-            together = _together(program, (0,) if weights else (2,))
-    except ValueError:  # a `while_loop`
-        return None
+        except ValueError:  # JAX's word for a `while_loop`
+            return None
+        _, back = _pulled(program, (1,))
+        together = _together(program, (0,) if weights else (2,))
     linearising = Work(*(max(a - b, 0) for a, b in zip(everything, whole.work, strict=True)))
     given, state, accumulated, shared = _size(x), _size(carry), _size(weights), _size(consts)
     leaves = len([a for a in carry if is_inexact(a)])

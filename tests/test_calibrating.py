@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import re
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import astuple, fields, replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -72,12 +75,15 @@ def test_nothing_is_kept_unless_asked_for(cache):
 
 
 VALID = {"of": None, "nanoseconds": dict.fromkeys(NAMES, 1.0)}
+SAID = r"calibration in .* is not read: .*Defaults are used; `parscan.calibrate\(\)` measures again"
 FOREIGN = {
     "not JSON": lambda of: "{",
     "a list": lambda of: "[]",
     "no times": lambda of: json.dumps({"of": of}),
     "another device": lambda of: json.dumps({**VALID, "of": {**of, "device": "another"}}),
     "another version": lambda of: json.dumps({**VALID, "of": {**of, "jax": "0.1"}}),
+    "nested too deep": lambda of: "[" * 200_000,
+    "a time is too large": lambda of: json.dumps({"of": of, "nanoseconds": {**VALID["nanoseconds"], "call": 10**400}}),
     "a time is missing": lambda of: json.dumps({"of": of, "nanoseconds": {"start": 1.0}}),
     "a time is no number": lambda of: json.dumps({"of": of, "nanoseconds": {**VALID["nanoseconds"], "call": "fast"}}),
     "a time is negative": lambda of: json.dumps({"of": of, "nanoseconds": {**VALID["nanoseconds"], "call": -1.0}}),
@@ -86,12 +92,37 @@ FOREIGN = {
 
 
 @pytest.mark.parametrize("text", FOREIGN.values(), ids=FOREIGN)
-def test_a_foreign_file_is_not_read_and_said_so(text):
+def test_a_foreign_file_is_not_read_and_said_so(text, caplog):
     file = machines.save(machines.default("cpu"))
     file.write_text(text(machines.identity()))
     machines.machine.cache_clear()
-    with pytest.warns(UserWarning, match=r"calibration in .* is not read: .*Defaults are used; `parscan.calibrate\(\)` measures again"):
-        assert machines.machine("cpu") == machines.default("cpu")
+    with pytest.warns(UserWarning, match=SAID):
+        assert parscan.calibration() is None
+    with caplog.at_level("WARNING", "parscan"):
+        assert machines.machine("cpu") == machines.default("cpu")  # no warning, which the user may have made an error
+    assert re.search(SAID, caplog.text)
+
+
+def test_a_folder_that_may_not_be_searched_is_no_calibration(monkeypatch, caplog):
+    def denied(self):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "is_file", denied)
+    assert machines.machine("cpu") == machines.default("cpu") and "Permission denied" in caplog.text
+
+
+def test_where_nothing_can_be_kept_it_is_said_before_measuring(cache, monkeypatch):
+    cache.write_text("a file where the folder should be")
+    monkeypatch.setattr(calibrating, "_measured", lambda sample: pytest.fail("measured"))
+    with pytest.raises(OSError, match=r"`parscan.calibrate\(save=True\)` cannot write to .*: make it writable, or pass `save=False`"):
+        parscan.calibrate(progress=False)
+
+
+def test_processes_that_save_at_once_do_not_disturb_one_another():
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(lambda _: machines.save(machines.default("cpu")), range(100)))
+    assert machines.load() == machines.default("cpu")
+    assert len(list(machines.folder().iterdir())) == 1
 
 
 def test_the_budget_is_positive():

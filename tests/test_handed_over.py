@@ -184,6 +184,18 @@ def test_symbolic_dimensions():
     assert "symbolic dimension" in parscan.plan(f, start, xs).reason
 
 
+def test_symbolic_dimensions_inside_of_a_step():
+    """Where none of its inputs and outputs has one."""
+    (size,) = jax.export.symbolic_shape("b")
+
+    def loss(w, v):
+        step = lambda h, x: (jnp.tanh(h @ w + x + (jnp.ones(v.shape[0]) * h[0]).sum()),) * 2
+        return (parscan.scan(step, jnp.ones(4), jnp.ones((20, 4)))[1] ** 2).sum()
+
+    exported = jax.export.export(jax.jit(jax.grad(loss)))(jax.ShapeDtypeStruct((4, 4), "float32"), jax.ShapeDtypeStruct((size,), "float32"))
+    assert exported.out_avals[0].shape == (4, 4)
+
+
 def test_mutable_references():
     def total(scan):
         seen = jax.new_ref(jnp.zeros(3))

@@ -57,7 +57,8 @@ def _unbatchable(program: Program) -> str | None:
         if draws or eqn.primitive.name in ("rng_bit_generator", "rng_uniform"):
             return f"{where(eqn)} draws other numbers for a batch of steps than step by step; keys of the default kind (threefry2x32) do not"
     avals = [aval for group in (*program.avals, *program.out_avals) for aval in group if hasattr(aval, "shape")]
-    if not all(isinstance(size, int) for aval in avals for size in aval.shape):
+    inside = [v.aval for eqn in equations(program.jaxpr) for v in eqn.outvars if hasattr(v.aval, "shape")]
+    if not all(isinstance(size, int) for aval in (*avals, *inside) for size in aval.shape):
         return "an array has a symbolic dimension"
     if any(axis is not None for aval in avals for axis in getattr(getattr(aval, "sharding", None), "spec", ())):
         return "an array is sharded over an explicit mesh axis"
