@@ -113,6 +113,7 @@ class _Run:
         return 1 if self.same else self.count
 
 
+@jax.numpy_rank_promotion("allow")  # a setting for the user's step, which has been traced
 def costs(steps: Sequence[Step], structures: Sequence[Structure] | None, method: Method) -> Costs:
     """Of the backward pass of a chain.
 
