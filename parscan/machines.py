@@ -16,6 +16,8 @@ import jax
 
 logger = logging.getLogger("parscan")
 
+FUSES_LOOPS = jax.__version_info__ >= (0, 12)  # whether XLA makes one kernel of the body of any loop on a CPU that multiplies no matrices
+
 
 @dataclass(frozen=True)
 class Machine:
@@ -78,7 +80,7 @@ TPU = GPU  # a guess: nobody has measured one
 def default(platform: str) -> Machine:
     """Of `"cpu"`, `"gpu"`, `"tpu"`; of any other, an accelerator's."""
     if platform == "cpu":
-        return CPU_SINCE if jax.__version_info__ >= (0, 12) else CPU_BEFORE
+        return CPU_SINCE if FUSES_LOOPS else CPU_BEFORE
     return TPU if platform == "tpu" else GPU
 
 

@@ -110,11 +110,11 @@ class Plan:
             return {}
         (step,), (structure,) = given.steps, given.structures
         found = {}
-        for method in (BY_NAME[name]() for name in BY_NAME):
-            method = sized(method if type(method) is not type(self.method) else self.method, step.count, self.blocks)
+        for kind in BY_NAME.values():
+            method = sized(self.method if isinstance(self.method, kind) else kind(), step.count, self.blocks)
             time = timing.seconds(step, structure, method, machine(given.platform), given.platform)
             if time is not None:
-                found[type(method).__name__] = time, memory.of_gradient(step, structure, method)
+                found[kind.__name__] = time, memory.of_gradient(step, structure, method)
         return found
 
     @property
@@ -285,10 +285,10 @@ def _lines(plan: Plan) -> Iterator[str]:
     for stage in (*STAGES, "total", "sequential"):
         (flops, thousands), (size, unit) = costs.human(plan.flops[stage]), costs.human(plan.bytes[stage])
         yield f"{stage:12}{flops:>7} {thousands:1}{size:>8} {unit}B"
-    if plan.seconds:
+    if plan._told:
         yield f"{'gradient by':12}{'told':>9}{'holds':>11}"
-    for name, time in plan.seconds.items():
-        size, unit = costs.human(plan.held[name])
+    for name, (time, held) in plan._told.items():
+        size, unit = costs.human(held)
         yield f"{name:12}{timing.in_words(time):>9}{size:>8} {unit}B"
 
 

@@ -17,12 +17,11 @@ import jax
 from parscan.checks import is_inexact
 from parscan.costs import Step, costs, push_flops
 from parscan.jaxprs import Program, Work, residuals, work, work_on
-from parscan.machines import Machine
+from parscan.machines import FUSES_LOOPS, Machine
 from parscan.methods import Lax, Method, Sequential
 from parscan.structure import Structure
 
-FUSES_LOOPS = jax.__version_info__ >= (0, 12)  # whether XLA makes one kernel of the body of any loop on a CPU that multiplies no matrices
-SMALL_LOOP = 80  # numbers that a step reads and writes up to which it did so before
+SMALL_LOOP = 80  # numbers that a step reads and writes up to which XLA makes one kernel of it on a CPU where not `FUSES_LOOPS`
 
 
 class Loop(NamedTuple):
