@@ -32,6 +32,8 @@ class Machine:
             transcendental function.
         kept: an entry of an array that holds all steps, read or written by a loop.
         all_call, all_kept, all_product, all_element, all_function: as above, where all steps are computed at once.
+        launch: a kernel over all steps, or over those of a segment; on a CPU.
+        fresh: a byte of memory that the system hands out anew at every call, a page at a time; on a CPU alone.
         level: an operation on explicit Jacobians that waits for another: a step of a walk, a level of a tree.
         entry: a multiply-add of explicit Jacobians.
     """
@@ -50,6 +52,8 @@ class Machine:
     all_product: float
     all_element: float
     all_function: float
+    launch: float
+    fresh: float
     level: float
     entry: float
 
@@ -59,12 +63,12 @@ class Machine:
 CPU_BEFORE = Machine(
     start=17000, fused=34, call=470, kernel=19, slot=24,
     product=0.024, element=0.21, function=1.6, kept=0.002,
-    all_call=16, all_kept=0.007, all_product=2e-5, all_element=0.04, all_function=0.89, level=140, entry=1.9,
+    all_call=16, all_kept=0.007, all_product=2e-5, all_element=0.04, all_function=0.89, launch=2000, fresh=0.25, level=140, entry=1.9,
 )  # fmt: skip  # JAX 0.10.2
 CPU_SINCE = Machine(
     start=14000, fused=49, call=540, kernel=90, slot=0.2,
     product=0.020, element=0.15, function=1.5, kept=0.011,
-    all_call=165, all_kept=0.005, all_product=5e-5, all_element=0.011, all_function=1.0, level=167, entry=2.0,
+    all_call=165, all_kept=0.005, all_product=5e-5, all_element=0.011, all_function=1.0, launch=2000, fresh=0.25, level=167, entry=2.0,
 )  # fmt: skip  # JAX 0.12.0.1
 
 # Fitted to the 21 whole gradients on an H100 that README, *When it pays*, lists (JAX 0.11.2, `lax`, `sequential`, `Chunked`): within a factor of 2 of each.
@@ -72,7 +76,7 @@ CPU_SINCE = Machine(
 GPU = Machine(
     start=2.0e5, fused=8100, call=1800, kernel=3500, slot=300,
     product=8e-6, element=8e-4, function=8e-4, kept=8e-4,
-    all_call=0.8, all_kept=0.009, all_product=1.2e-5, all_element=1.8e-3, all_function=8e-4, level=34000, entry=8e-6,
+    all_call=0.8, all_kept=0.009, all_product=1.2e-5, all_element=1.8e-3, all_function=8e-4, launch=1e-3, fresh=1e-9, level=34000, entry=8e-6,
 )  # fmt: skip
 TPU = GPU  # a guess: nobody has measured one
 

@@ -14,13 +14,11 @@ import numpy as np
 from parscan.checks import dtype_of
 from parscan.costs import Step, abstract, human, state_bytes
 from parscan.jaxprs import bytes_of_variables
-from parscan.methods import Associative, Chunked, Method, Sequential, Travelling, Walk
+from parscan.methods import Associative, Chunked, Sequential, Travelling, Walk
 from parscan.structure import Structure
 
 SHARE = 0.5  # of the device's memory that a backward pass may take unless told otherwise
 LITTLE = 2**26  # bytes on an accelerator that nobody misses, where every segment makes the device wait
-MANY, CACHED = 2**26, 2**21  # bytes on a CPU from which on segments pay that stay in cache, and what these hold
-FEWEST = 8  # steps of such a segment
 BESIDE = 10  # times the states of a chain that a whole gradient holds beside: inputs, outputs, cotangents of all, what the guard compares; as on a GPU
 COPIES = {Walk: 2, Associative: 5}  # of every map formed, with its products and what the guard compares: as XLA's buffers show; the others 3
 
@@ -33,22 +31,17 @@ def of_variables(step: Step) -> int:
 
 def held(step: Step, structure: Structure, method: Travelling, count: int) -> int:
     """Bytes that `count` steps at once take, about, beside the chain's states and cotangents: what linearises them, their maps, products of these."""
+    return count * of_variables(step) + of_maps(structure, method, count)
+
+
+def of_maps(structure: Structure, method: Travelling, count: int) -> int:
+    """Bytes of the maps of `count` steps at once, and of products of these."""
     forms, dtype = structure.forms(transposed=True), np.dtype(structure.before.dtype)
-    match method:
-        case _ if isinstance(method, Sequential) or 0 in forms.sizes:
-            maps = 0
-        case Chunked(size=size):
-            maps = 3 * -(-count // (size or 1)) * abstract(forms.closed(), dtype).nbytes
-        case _:
-            maps = COPIES.get(type(method), 3) * (1 if structure.same else count) * abstract(forms, dtype).nbytes
-    return count * of_variables(step) + maps
-
-
-def of_gradient(step: Step, structure: Structure, method: Method) -> int:
-    """Bytes that a gradient of a recurrence holds at once, about."""
-    if not isinstance(method, Travelling):
-        return step.count * of_variables(step)
-    return 2 * step.count * state_bytes(step.program) + held(step, structure, method, min(method.segment or step.count, step.count))
+    if isinstance(method, Sequential) or 0 in forms.sizes:
+        return 0
+    if isinstance(method, Chunked):
+        return 3 * -(-count // (method.size or 1)) * abstract(forms.closed(), dtype).nbytes
+    return COPIES.get(type(method), 3) * (1 if structure.same else count) * abstract(forms, dtype).nbytes
 
 
 @functools.cache
@@ -71,7 +64,7 @@ def fitting(
 
     Args:
         method: sizes chosen. asked: the segment that the user has asked for, if any.
-        modest: hold no more than about what the loop's own backward pass does, or than is little; on a CPU, what is quickest.
+        modest: on an accelerator, hold no more than about what the loop's own backward pass does, or than is little.
 
     Raises:
         ValueError: what is asked for takes more than the device has, and what would not.
@@ -86,7 +79,7 @@ def fitting(
     beside = BESIDE * sum(step.count * state_bytes(step.program) for step in steps)
     budget = math.inf if device is None else device * SHARE if asked is None else device - beside
     if need(size) > budget:
-        fits = _longest(need, longest, size, budget)
+        fits = longest_segment(need, longest, size, budget)
         if asked is None and fits:
             why = f"; in segments of {fits}: all at once would hold about {_bytes(need(size))}, and the device has {_bytes(device)}"
             return replace(method, segment=fits), why
@@ -95,19 +88,16 @@ def fitting(
     if not modest or asked is not None:
         return method, ""
     if platform == "cpu":
-        if need(size) > MANY and size > FEWEST:
-            fits = max(FEWEST, _longest(need, longest, size, CACHED))
-            return replace(method, segment=fits), f"; in segments of {fits}, which stay in cache"
         return method, ""
     # Half of what the loop keeps: the chain's states and cotangents are held beside.
     enough = max(sum(step.count * of_variables(step) for step in steps) / 2, LITTLE)
     if need(size) > enough:
-        fits = max(1, _longest(need, longest, size, enough))
+        fits = max(1, longest_segment(need, longest, size, enough))
         return replace(method, segment=fits), f"; in segments of {fits}, to hold no more than the loop's own backward pass does"
     return method, ""
 
 
-def _longest(need: Callable[[int], int], longest: int, size: int, budget: float) -> int:
+def longest_segment(need: Callable[[int], int], longest: int, size: int, budget: float) -> int:
     """The longest segment that fits, of half of `size`, a third, a quarter …, or the divisor of the chain's length below that; 0 if there is none."""
     parts = 2
     while -(-size // parts) > 1 and need(-(-size // parts)) > budget:

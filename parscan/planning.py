@@ -148,6 +148,9 @@ def _planned(
         asked = method.segment if isinstance(method, Travelling) else None
         sizes, why = memory.fitting(sizes, asked, some, structures, platform, modest=modest)
         reason += why
+    if modest and platform == "cpu" and isinstance(sizes, Sequential) and sizes.segment is None:
+        sizes = timing.cut(sizes, some, structures, machine(platform))
+        reason += f"; in segments of {sizes.segment}: less memory to be handed out" if sizes.segment else ""
     plan = Plan(kind_of(structures), blocks, sizes, reason, sum(runs), runs, _given=Given(tuple(some), tuple(structures), platform, claim))
     order = None
     if len(runs) > 1 and isinstance(sizes, (Tree, Associative)):
@@ -216,7 +219,8 @@ def _quickest_on_cpu(step: Step, structure: Structure, name: str, entries: int, 
     found = timing.parts(step.program)
     if found is None:
         return fallback, f"{name} on a CPU: a loop of unknown length in the step, which JAX cannot transpose"
-    told = {type(method).__name__: timing.seconds(step, structure, method, machine("cpu"), "cpu") or math.inf for method in _on_cpu(step, structure, entries)}
+    taken, some = machine("cpu"), _on_cpu(step, structure, entries)
+    told = {type(method).__name__: timing.seconds(step, structure, method, taken, "cpu") or math.inf for method in some}
     favourite = "Lax" if found.waits_little and isinstance(fallback, Lax) else "Sequential"
     best = min(told, key=lambda name: told[name] / (1 if name == favourite else SURELY[name]))
     method, how = {
@@ -231,4 +235,4 @@ def _quickest_on_cpu(step: Step, structure: Structure, name: str, entries: int, 
 def _on_cpu(step: Step, structure: Structure, entries: int) -> list[Method]:
     """What is thought of. Over several devices the answer of a walk's guard would be a collective."""
     walk = [sized(Walk(), step.count, blocks_of([structure]))] if jax.device_count() == 1 and entries <= CPU_STATE else []
-    return [Lax(), Sequential(), *walk]
+    return [Lax(), timing.cut(Sequential(), [step], [structure], machine("cpu")), *walk]

@@ -15,7 +15,7 @@ from jax.custom_derivatives import SymbolicZero, zero_from_primal
 
 from parscan import checks, prefix, system
 from parscan.debug import Watch, check_runs
-from parscan.jaxprs import Program, jit_unless_staged
+from parscan.jaxprs import Program, cut_ahead, jit_unless_staged
 from parscan.methods import Travelling
 from parscan.proof import active_leaves
 from parscan.structure import Structure
@@ -57,19 +57,40 @@ class Recurrence:
 # --- the forward loop -------------------------------------------------------------------------------------------------
 
 
-def run_steps(program: Program, consts: list, init: list, xs: list, count: int, *, repeats: bool, reverse: bool = False, unroll: int = 1) -> tuple:
+def run_loop(program: Program, consts: list, init: list, xs: list, count: int, *, out: Callable, spec: Recurrence | None = None) -> tuple[list, Any]:
+    """The final carry, and `out(carry, ys)` of each step, stacked. With a `spec`, what needs no state is computed before the loop."""
+    cut = None if spec is None else cut_ahead(program, jax.default_backend())
+    reverse, unroll = (False, 1) if spec is None else (spec.reverse, spec.unroll)
+
+    def stepping(step):
+        def one(h, x):
+            new, ys = step(h, x)
+            return new, out(h, ys)
+
+        return one
+
+    if spec is None or cut is None:
+        return lax.scan(stepping(lambda h, x: program(consts, h, x)), init, xs, count, reverse, unroll)
+    constants = cut.constants(consts)
+
+    def cross(h, xs, size):
+        return lax.scan(stepping(partial(cut.step, constants)), h, cut.of_all(constants, xs), size, reverse, unroll)
+
+    return prefix.by_segments(cross, init, xs, count, spec.method.segment, reverse=reverse)
+
+
+def run_steps(program: Program, consts: list, init: list, xs: list, count: int, *, repeats: bool, spec: Recurrence | None = None) -> tuple:
     """The final carry, the ys and the carry entering each step (leading axis L). A leaf of the carry that the step also emits is stacked once."""
     if not repeats:
         new, ys = program(consts, init, [x[0] for x in xs])
         return new, [y[None] for y in ys], [h[None] for h in init]
     emitted = {source: i for i, source in enumerate(program.forwarded) if source is not None}
 
-    def step(h, x):
-        new, ys = program(consts, h, x)
-        return new, (ys, [leaf for i, leaf in enumerate(h) if i not in emitted])
+    def out(h, ys):
+        return ys, [leaf for i, leaf in enumerate(h) if i not in emitted]
 
-    final, (ys, rest) = lax.scan(step, init, xs, count, reverse, unroll)
-    others = iter(rest)
+    final, (ys, rest) = run_loop(program, consts, init, xs, count, out=out, spec=spec)
+    others, reverse = iter(rest), spec is not None and spec.reverse
     return final, ys, [shifted(init[i], ys[emitted[i]], reverse) if i in emitted else next(others) for i in range(len(init))]
 
 
@@ -110,7 +131,7 @@ def _differentiable(spec: Recurrence) -> tuple[Callable, Callable]:
     def run(consts: list, init: list, xs: list) -> tuple[list, list]:
         (one, *others), h = spec.runs, init
         if not others and one.repeats:  # a plain `lax.scan` where nothing is differentiated
-            h, y = lax.scan(lambda h, x: one.program(consts[0], h, x), init, xs[0], one.count, spec.reverse, spec.unroll)
+            h, y = run_loop(one.program, consts[0], init, xs[0], one.count, out=lambda _, ys: ys, spec=spec)
             return _evenly((h, [y]), (consts, init, xs))
         return stored_values(consts, init, xs)[:2]
 
@@ -121,7 +142,7 @@ def _differentiable(spec: Recurrence) -> tuple[Callable, Callable]:
     def stored_values(consts, init, xs):
         h, ys, entering = init, [], []
         for one, c, x in zip(spec.runs, consts, xs, strict=True):
-            h, y, before = run_steps(one.program, c, h, x, one.count, repeats=one.repeats, reverse=spec.reverse, unroll=spec.unroll)
+            h, y, before = run_steps(one.program, c, h, x, one.count, repeats=one.repeats, spec=spec)
             ys.append(y)
             entering.append(before)
         return _evenly((h, ys, entering), (consts, init, xs))

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
-from parscan import costs, drawing, memory, timing
+from parscan import costs, drawing, timing
 from parscan.checks import is_inexact, named_leaves
 from parscan.claims import Claim
 from parscan.costs import STAGES, Step
@@ -114,7 +114,7 @@ class Plan:
             method = sized(self.method if isinstance(self.method, kind) else kind(), step.count, self.blocks)
             time = timing.seconds(step, structure, method, machine(given.platform), given.platform)
             if time is not None:
-                found[kind.__name__] = time, memory.of_gradient(step, structure, method)
+                found[kind.__name__] = time, timing.held(step, structure, method)
         return found
 
     @property

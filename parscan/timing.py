@@ -10,17 +10,21 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import jax
 
+from parscan import memory
 from parscan.checks import is_inexact
 from parscan.costs import Step, costs, push_flops
-from parscan.jaxprs import Program, Work, residuals, work, work_on
+from parscan.jaxprs import Program, Work, cut_ahead, residuals, work, work_on
 from parscan.machines import FUSES_LOOPS, Machine
-from parscan.methods import Lax, Method, Sequential
+from parscan.methods import Lax, Method, Sequential, Travelling
 from parscan.structure import Structure
 
+HANDED_OUT = 2**25  # bytes from which on a C library has the system hand out memory anew at every call, page by page: glibc's limit
+CACHED, FEWEST = 2**21, 8  # bytes of what passes that stay in cache, and steps of a segment, at least
 SMALL_LOOP = 80  # numbers that a step reads and writes up to which XLA makes one kernel of it on a CPU where not `FUSES_LOOPS`
 
 
@@ -50,16 +54,19 @@ class Loop(NamedTuple):
 class Parts(NamedTuple):
     """The work of one step.
 
-    forward: of the step. linearising: of the step and of what its derivatives are made of. whole: of pulling one cotangent back to the state and to the
+    linearising: of the step and of what its derivatives are made of. whole: of pulling one cotangent back to the state and to the
     constants, all that being at hand; back: to the state alone. at_once: of linearising many steps together, and of pulling their cotangents back to the
-    constants: of `ALONG` steps.
+    constants: of `ALONG` steps. stays, passes: entries of every step that a gradient through a loop of cotangents alone holds from its first pass to its
+    last, and of every step that is linearised at once, about: as XLA's buffers show. loop: those that JAX's own gradient holds.
     """
 
-    forward: Loop
     linearising: Loop
     whole: Loop
     back: Loop
     at_once: Work
+    stays: int
+    passes: int
+    loop: int
 
     @property
     def waits_little(self) -> bool:
@@ -88,13 +95,27 @@ def parts(program: Program) -> Parts | None:
     leaves = len([a for a in carry if is_inexact(a)])
     of_xs = 2 in wanted
     summing = Work(kernels=len(weights), elements=accumulated)  # each step's share is added
+    stays = 2 * state + of_xs * given
     return Parts(
-        Loop(work(program.jaxpr)).grown(len(x) + leaves, given + state, 2 * state + shared),
         Loop(linearising, whole.slots, whole.entries).grown(len(x) + leaves, given + state, 2 * state + shared),
         whole.grown(leaves + of_xs * len(x), state + of_xs * given, 2 * state + shared + 2 * accumulated, summing),
         back.grown(2 * leaves, 2 * state, 2 * state),
         together,
+        stays,
+        max(whole.entries + 3 * state - of_xs * given - stays, 0),
+        whole.entries + 2 * state,
     )
+
+
+@functools.lru_cache(maxsize=1024)
+def forward(program: Program, platform: str) -> tuple[Loop, Work]:
+    """A step of the forward loop, and what is computed ahead of it for all steps at once."""
+    consts, carry, x = program.avals
+    cut, leaves, state = cut_ahead(program, platform), len([a for a in carry if is_inexact(a)]), _size(carry)
+    if cut is None:
+        return Loop(work(program.jaxpr)).grown(len(x) + leaves, _size(x) + state, 2 * state + _size(consts)), Work()
+    own = [*cut.ahead, *(x[i] for i in cut.kept)]
+    return Loop(work(cut.rest)).grown(len(own) + leaves, _size(own) + state, 2 * state + cut.shared), cut.work
 
 
 def _size(avals: Sequence[Any]) -> int:
@@ -155,16 +176,52 @@ def seconds(step: Step, structure: Structure, method: Method, machine: Machine, 
     one = parts(step.program)
     if one is None:
         return None
-    loop = functools.partial(_loop, machine, platform == "cpu")
+    loop, fresh = functools.partial(_loop, machine, platform == "cpu"), 0.0
+    if platform == "cpu" and (size := held(step, structure, method)) > HANDED_OUT:
+        fresh = machine.fresh * size
     if isinstance(method, Lax):
-        return 1e-9 * (machine.start + step.count * (loop(one.linearising) + loop(one.whole)))
-    each = loop(one.forward) + _at_once(machine, one.at_once) / ALONG + machine.all_kept * one.back.entries
+        return 1e-9 * (machine.start + fresh + step.count * (loop(one.linearising) + loop(one.whole)))
+    stepping, ahead = forward(step.program, platform)
+    segments = -(-step.count // (method.segment or step.count)) if isinstance(method, Travelling) else 1
+    each = loop(stepping) + _at_once(machine, one.at_once) / ALONG + machine.all_kept * one.back.entries
+    each += _at_once(machine, ahead) if segments > 1 else 0  # what the backward pass needs of it is at hand, unless it comes piece by piece
+    whole = machine.start + fresh + segments * machine.launch * (one.at_once.calls + one.at_once.kernels) + step.count * each
     if isinstance(method, Sequential):
-        return 1e-9 * (machine.start + step.count * (each + loop(one.back)))
+        return 1e-9 * (whole + step.count * loop(one.back))
     found = costs([step], [structure], method)
     forming = _at_once(machine, one.back.work) * found.flops["forming"] / max(push_flops(step.program), 1)
     pushed = found.flops["down-sweep"] + found.flops["up-sweep"]
-    return 1e-9 * (machine.start + step.count * each + forming + machine.level * found.depth + machine.entry * pushed / 2)
+    return 1e-9 * (whole + forming + machine.level * found.depth + machine.entry * pushed / 2)
+
+
+def held(step: Step, structure: Structure, method: Method) -> int:
+    """Bytes that this gradient holds at once, about: states, cotangents, and what linearises as many steps as are taken together, with their maps."""
+    one = parts(step.program)
+    if one is None or not isinstance(method, Travelling):
+        entries = step.count * (one.loop if one else 0)
+        return entries * structure.before.dtype.itemsize
+    count = min(method.segment or step.count, step.count)
+    twice = 2 if count < step.count else 1  # what one segment is given and gives is held beside what all are
+    return (step.count * one.stays + twice * count * one.passes) * structure.before.dtype.itemsize + memory.of_maps(structure, method, count)
+
+
+def cut(method: Sequential, steps: Sequence[Step], structures: Sequence[Structure], machine: Machine) -> Sequential:
+    """The method in segments on a CPU, if they are told to be quicker there: what takes more memory than is kept from call to call is handed out anew."""
+    pairs, longest = list(zip(steps, structures, strict=True)), max(step.count for step in steps)
+
+    def size(method: Sequential) -> int:
+        return sum(held(step, one, method) for step, one in pairs)
+
+    def time(method: Sequential) -> float:
+        return sum(seconds(step, one, method, machine, "cpu") or 0 for step, one in pairs)
+
+    if size(method) <= HANDED_OUT or longest <= FEWEST:
+        return method
+    enough = memory.longest_segment(lambda count: size(replace(method, segment=count)), longest, longest, HANDED_OUT * 3 // 4)
+    passing = max(one.passes * structure.before.dtype.itemsize for step, structure in pairs if (one := parts(step.program)))
+    cached = memory.longest_segment(lambda count: count * passing, longest, longest, CACHED)
+    found = [method, *(replace(method, segment=max(count, FEWEST)) for count in (enough, cached) if count)]
+    return min(found, key=time)
 
 
 def _loop(machine: Machine, fuses: bool, one: Loop) -> float:

@@ -1,5 +1,6 @@
 """All reading of jaxprs: their parameters change between JAX releases, so nobody else looks inside one."""
 
+from parscan.jaxprs.ahead import cut_ahead
 from parscan.jaxprs.contraction import contracted
 from parscan.jaxprs.cost import Work, bytes_of_variables, flops, flops_on, has_products, masks_nothing, moves_only, residuals, work, work_on
 from parscan.jaxprs.dependence import Dependence, Mixing, dependence, influenced_by, mixings
@@ -22,6 +23,7 @@ __all__ = [
     "bytes_of_variables",
     "components",
     "contracted",
+    "cut_ahead",
     "cuts",
     "dependence",
     "equations",

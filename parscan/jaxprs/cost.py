@@ -59,6 +59,12 @@ def work_on(jaxpr: AnyJaxpr, inputs: Sequence[int]) -> Work:
     return found + Work(kernels=len(groups))
 
 
+def work_of(eqn: Any) -> Work:
+    """Of one equation; see `work`."""
+    inner = list(sub_jaxprs(list(eqn.params.values())))
+    return max(map(work, inner), key=lambda some: some.flops).times(eqn.params.get("length", 1)) if inner else _of(eqn)
+
+
 def flops(jaxpr: AnyJaxpr) -> int:
     """Floating-point operations: two for each multiply-add of a product, one for each element of anything else that computes."""
     return work(jaxpr).flops
@@ -88,7 +94,7 @@ def _followed(jaxpr: AnyJaxpr, entering: Sequence[int | None], groups: set[int],
         if len(inner) == 1 and "length" not in eqn.params and len(open_jaxpr(inner[0]).invars) == len(ins):  # a call
             one, outs = _followed(inner[0], ins, groups, whole)
         else:
-            one = max(map(work, inner), key=lambda some: some.flops).times(eqn.params.get("length", 1)) if inner else _of(eqn)
+            one = work_of(eqn)
             if one.calls or one.kernels:
                 at += 1
             elif one.flops:

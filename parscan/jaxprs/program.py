@@ -183,8 +183,13 @@ def in_floats(f: Callable[[list[Any]], Sequence[Any]], leaves: Sequence[Any]) ->
 
 def part(body: Any, invars: Sequence[Any], eqns: Sequence[Any], outvars: Sequence[Any]) -> Callable[..., list[Any]]:
     """Some equations of a jaxpr as a function from values of `invars` to values of `outvars`."""
+    return core.jaxpr_as_fun(piece(body, invars, eqns, outvars))
+
+
+def piece(body: Any, invars: Sequence[Any], eqns: Sequence[Any], outvars: Sequence[Any]) -> AnyJaxpr:
+    """Some equations of a jaxpr as one of their own."""
     cut = body.replace(constvars=(), invars=list(invars), outvars=list(outvars), eqns=list(eqns), debug_info=_nameless(body))
-    return core.jaxpr_as_fun(core.ClosedJaxpr(cut, ()))
+    return core.ClosedJaxpr(cut, ())
 
 
 def _nameless(body: Any) -> Any:
