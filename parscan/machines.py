@@ -61,9 +61,9 @@ class Machine:
 # Fitted, in logarithms, to the times of 90 recurrences (before JAX 0.12: of 227) by `lax`, `sequential` and `walk`, on 2 cores of a Xeon: `draw` in
 # `scripts/problems.py`, seeds 0 to 2. Another machine may well be three times as fast in all of them: what is chosen follows from their ratios.
 CPU_BEFORE = Machine(
-    start=17000, fused=34, call=470, kernel=19, slot=24,
-    product=0.024, element=0.21, function=1.6, kept=0.002,
-    all_call=16, all_kept=0.007, all_product=2e-5, all_element=0.04, all_function=0.89, launch=2000, fresh=0.25, level=140, entry=1.9,
+    start=1400, fused=12, call=410, kernel=62, slot=16,
+    product=0.014, element=0.22, function=2.4, kept=0.0021,
+    all_call=30, all_kept=0.012, all_product=2e-5, all_element=0.065, all_function=1.2, launch=1400, fresh=0.3, level=170, entry=1.3,
 )  # fmt: skip  # JAX 0.10.2
 CPU_SINCE = Machine(
     start=14000, fused=49, call=540, kernel=90, slot=0.2,

@@ -18,12 +18,13 @@ import jax
 from parscan import memory
 from parscan.checks import is_inexact
 from parscan.costs import Step, costs, push_flops
-from parscan.jaxprs import Program, Work, cut_ahead, residuals, work, work_on
+from parscan.jaxprs import Program, Work, cut_ahead, repeated, residuals, work, work_on
 from parscan.machines import FUSES_LOOPS, Machine
 from parscan.methods import Lax, Method, Sequential, Travelling
 from parscan.structure import Structure
 
-HANDED_OUT = 2**25  # bytes from which on a C library has the system hand out memory anew at every call, page by page: glibc's limit
+KEPT, HANDED_OUT = 0.7 * 2**25, 1.1 * 2**25  # bytes up to which a C library keeps memory for the next call, and from which on the system hands it out
+# anew at every call, page by page: around glibc's limit, of which other arrays take a part
 CACHED, FEWEST = 2**21, 8  # bytes of what passes that stay in cache, and steps of a segment, at least
 SMALL_LOOP = 80  # numbers that a step reads and writes up to which XLA makes one kernel of it on a CPU where not `FUSES_LOOPS`
 
@@ -154,7 +155,9 @@ def _pulled(program: Program, wanted: Sequence[int]) -> tuple[Work, Loop]:
         return jax.vjp(step, *values)[1](cotangents)
 
     closed, n = jax.make_jaxpr(pull)(cotangents, consts, carry, x), len(cotangents)
-    return work(closed), Loop(work_on(closed, range(n)), *residuals(closed, range(n), range(n, n + len(consts))))
+    everything = work(closed)
+    everything = everything._replace(functions=everything.functions - repeated(closed))
+    return everything, Loop(work_on(closed, range(n)), *residuals(closed, range(n), range(n, n + len(consts))))
 
 
 def _together(program: Program, wanted: Sequence[int]) -> Work:
@@ -165,7 +168,8 @@ def _together(program: Program, wanted: Sequence[int]) -> Work:
         every, values = _in(lambda consts, carry, x: jax.vmap(lambda h, x: program(consts, h, x)[0])(carry, x), given, wanted)
         return jax.vjp(every, *values)[1](cotangents)
 
-    return work(jax.make_jaxpr(pull)(_floats(new), program.avals[0], carry, x))
+    closed = jax.make_jaxpr(pull)(_floats(new), program.avals[0], carry, x)
+    return work(closed) + Work(functions=repeated(closed))
 
 
 # --- times ----------------------------------------------------------------------------------------------------------------
@@ -177,8 +181,9 @@ def seconds(step: Step, structure: Structure, method: Method, machine: Machine, 
     if one is None:
         return None
     loop, fresh = functools.partial(_loop, machine, platform == "cpu"), 0.0
-    if platform == "cpu" and (size := held(step, structure, method)) > HANDED_OUT:
-        fresh = machine.fresh * size
+    if platform == "cpu":
+        size = held(step, structure, method)
+        fresh = machine.fresh * size * min(max((size - KEPT) / (HANDED_OUT - KEPT), 0), 1)
     if isinstance(method, Lax):
         return 1e-9 * (machine.start + fresh + step.count * (loop(one.linearising) + loop(one.whole)))
     stepping, ahead = forward(step.program, platform)
@@ -215,9 +220,9 @@ def cut(method: Sequential, steps: Sequence[Step], structures: Sequence[Structur
     def time(method: Sequential) -> float:
         return sum(seconds(step, one, method, machine, "cpu") or 0 for step, one in pairs)
 
-    if size(method) <= HANDED_OUT or longest <= FEWEST:
+    if size(method) <= KEPT or longest <= FEWEST:
         return method
-    enough = memory.longest_segment(lambda count: size(replace(method, segment=count)), longest, longest, HANDED_OUT * 3 // 4)
+    enough = memory.longest_segment(lambda count: size(replace(method, segment=count)), longest, longest, KEPT)
     passing = max(one.passes * structure.before.dtype.itemsize for step, structure in pairs if (one := parts(step.program)))
     cached = memory.longest_segment(lambda count: count * passing, longest, longest, CACHED)
     found = [method, *(replace(method, segment=max(count, FEWEST)) for count in (enough, cached) if count)]

@@ -19,7 +19,7 @@ class Work(NamedTuple):
     kernels: other parts that run one after another: every other product, every reduction, and what is computed entry by entry between two of these.
     products: floating-point operations of products, two a multiply-add.
     elements: entries that anything else computes.
-    functions: those of transcendental functions among them, a sine six times: XLA computes it by so much more on a CPU.
+    functions: those of transcendental functions among them, a sine four times: XLA computes it by so much more on a CPU.
     """
 
     calls: int = 0
@@ -65,6 +65,21 @@ def work_of(eqn: Any) -> Work:
     return max(map(work, inner), key=lambda some: some.flops).times(eqn.params.get("length", 1)) if inner else _of(eqn)
 
 
+def repeated(jaxpr: AnyJaxpr) -> int:
+    """Of the functions that `work` counts those that are taken of the same a second time, as the derivative of a sine asks for a cosine that is there.
+
+    In a loop they are computed once; where all steps are computed together, XLA puts them into every kernel that asks for them.
+    """
+    found, numbers, seen = 0, {}, {}
+    for eqn in open_jaxpr(jaxpr).eqns:
+        operands = tuple(numbers.get(a, id(a)) if isinstance(a, core.Var) else str(a) for a in eqn.invars)
+        first = seen.setdefault((eqn.primitive.name, operands, str(sorted(eqn.params.items()))), eqn)
+        if first is not eqn:  # what is moved alike is the same, too
+            found += _of(eqn).functions
+            numbers.update((v, numbers.get(old, id(old))) for v, old in zip(eqn.outvars, first.outvars, strict=True))
+    return found
+
+
 def flops(jaxpr: AnyJaxpr) -> int:
     """Floating-point operations: two for each multiply-add of a product, one for each element of anything else that computes."""
     return work(jaxpr).flops
@@ -107,7 +122,7 @@ def _followed(jaxpr: AnyJaxpr, entering: Sequence[int | None], groups: set[int],
 
 _MOVES = frozenset("broadcast_in_dim reshape transpose squeeze slice concatenate convert_element_type copy copy_p pad rev iota".split())
 _FUNCTIONS = dict.fromkeys("exp exp2 expm1 log log1p tanh logistic pow cbrt erf erfc erf_inv lgamma digamma asin acos atan atan2 sinh cosh".split(), 1)
-_FUNCTIONS |= dict.fromkeys("sin cos tan".split(), 6)
+_FUNCTIONS |= dict.fromkeys("sin cos tan".split(), 4)
 _ALONE = frozenset("sort cumsum cumprod cummax cummin cumlogsumexp cholesky triangular_solve lu qr eigh svd fft top_k".split())
 
 
