@@ -177,7 +177,8 @@ def scan(
 ) -> tuple[Carry, Y]:
     """`jax.lax.scan` with a parallel backward pass: same arguments, same results, same derivatives of every order.
 
-    The forward loop stays `lax.scan`. What cannot be differentiated in parallel (a `custom_vjp` inside f, a collective over a named
+    The forward loop stays `lax.scan`, of what the carry has a part in: products with x and functions of x alone are computed for all steps at
+    once, and equal the loop's but for rounding. What cannot be differentiated in parallel (a `custom_vjp` inside f, a collective over a named
     axis, an effect, a mutable reference, a complex carry), and what would not pay, is left to `lax.scan` altogether;
     `parscan.plan` says which, and why.
 

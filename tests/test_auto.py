@@ -14,7 +14,7 @@ from support import a_machine_that_walks
 import parscan
 from parscan import machines, planning, timing
 from parscan.costs import Step
-from parscan.jaxprs import Flat, trace
+from parscan.jaxprs import Flat, Work, trace
 from parscan.methods import Lax, Sequential, Walk
 
 RANDOM = np.random.default_rng(0)
@@ -143,9 +143,11 @@ def test_a_plan_tells_the_times_of_all_methods():
 
 def test_the_terms_are_counted_by_hand():
     """tanh(h W), 4 × 8: two products and a sum in the pull-back, an entry 1 - h'² to be kept, beside what is read and written."""
-    found = timing.parts(traced(lambda h, x: jnp.tanh(h @ W[8]), (4, 8), (4, 8)))
+    program = traced(lambda h, x: jnp.tanh(h @ W[8]), (4, 8), (4, 8))
+    found = timing.parts(program)
     assert found is not None
-    assert (found.forward.work.calls, found.forward.work.products, found.forward.work.functions) == (1, 2 * 4 * 8 * 8, 32)
+    forward, ahead = timing.forward(program, "cpu")
+    assert (forward.work.calls, forward.work.products, forward.work.functions, ahead) == (1, 2 * 4 * 8 * 8, 32, Work())
     assert (found.back.work.calls, found.back.work.products) == (1, 2 * 4 * 8 * 8)
     assert (found.whole.work.calls, found.whole.work.products) == (2, 2 * 2 * 4 * 8 * 8)
     assert found.at_once.calls == 2 and found.at_once.batched == 0  # of all steps: h W, and hᵀ g summed over them
@@ -154,7 +156,19 @@ def test_the_terms_are_counted_by_hand():
     one = dict.fromkeys((field.name for field in fields(machines.Machine)), 0.0)
     machine = machines.Machine(**{**one, "function": 1.0})
     step = Step(traced(lambda h, x: jnp.tanh(h @ W[8]), (4, 8), (4, 8)), 100, True)
-    assert timing.seconds(step, None, Lax(), machine, "cpu") == pytest.approx(1e-9 * 100 * 32)
+    structure = planning.plan_for(program, 100, Sequential(), None, fallback=Lax())[1]
+    assert timing.seconds(step, structure, Lax(), machine, "cpu") == pytest.approx(1e-9 * 100 * 32)
+
+
+def test_what_is_computed_ahead_is_not_counted_in_the_loop():
+    forward, ahead = timing.forward(traced(lambda h, x: jnp.tanh(h @ W[8] + x @ W[8]), (8, 8), (8, 8)), "cpu")
+    assert forward.work.products == ahead.products == 2 * 8 * 8 * 8 and forward.entries == 3 * 64 - 64  # what is ahead, in place of x, and the new state
+    turned = traced(lambda h, x: jnp.cos(x) * h + jnp.sin(x), (4, 8), (4, 8))
+    forward, ahead = timing.forward(turned, "cpu")
+    assert forward.work.functions == 0 and ahead.functions == 2 * 4 * 32  # a sine is worth four
+    found = timing.parts(turned)
+    assert found.linearising.work.functions == 2 * 4 * 32  # its cosine is there already
+    assert found.at_once.functions > timing.ALONG * 2 * 4 * 32  # and is not, where every kernel computes its own
 
 
 @pytest.mark.parametrize("time, words", [(2e-7, "0.2 µs"), (1.26e-5, "13 µs"), (9.96e-5, "100 µs"), (0.0123, "12 ms"), (0.0012, "1.2 ms"), (75.0, "75 s")])

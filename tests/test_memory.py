@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import itertools
 import math
+from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +15,7 @@ from jax import lax
 from support import TOLERANCE, assert_close, equations
 
 import parscan
-from parscan import memory, planning
+from parscan import machines, memory, planning, timing
 from parscan.methods import Lax
 from parscan.planning import plan_for
 
@@ -103,11 +104,16 @@ def test_a_peak_in_segments_grows_with_the_segment():
     assert found[0] < found[1] < found[2]
 
 
-def chosen(cell, batch, width, platform):
-    """What `auto` takes there, for the length of these tests."""
+def given(cell, batch, width):
+    """The steps, and the structure of their Jacobians, for the length of these tests."""
     _, at = problem(cell, batch, width)
-    program = parscan.plan(lambda h, x: 2 * (CELLS[cell](at[0], h, x),), at[1], jnp.zeros((LENGTH, batch, width), jnp.float32))._given.steps[0].program
-    return plan_for(program, LENGTH, None, None, fallback=Lax(), platform=platform)[0].method
+    found = parscan.plan(lambda h, x: 2 * (CELLS[cell](at[0], h, x),), at[1], jnp.zeros((LENGTH, batch, width), jnp.float32), method="sequential")._given
+    return found.steps[0], found.structures[0]
+
+
+def chosen(cell, batch, width, platform):
+    """What `auto` takes there."""
+    return plan_for(given(cell, batch, width)[0].program, LENGTH, None, None, fallback=Lax(), platform=platform)[0].method
 
 
 @pytest.mark.parametrize("platform", ["cpu", "gpu"])
@@ -128,12 +134,28 @@ def test_little_is_not_cut(monkeypatch):
     assert chosen("rnn", 4, 8, "gpu").segment < LENGTH
 
 
-def test_much_is_cut_into_what_stays_in_cache_on_a_cpu(monkeypatch):
-    monkeypatch.setattr(memory, "MANY", 0)
-    monkeypatch.setattr(memory, "CACHED", 2**14)
-    assert memory.FEWEST < chosen("rnn", 4, 8, "cpu").segment < LENGTH
-    monkeypatch.setattr(memory, "CACHED", 1)
-    assert chosen("rnn", 4, 8, "cpu").segment == memory.FEWEST
+def test_much_is_cut_where_memory_is_handed_out_anew(monkeypatch):
+    """What is held at once stays below what is kept from call to call, if that is told to pay."""
+
+    step, structure = given("rnn", 4, 8)
+
+    def told(**times):
+        return timing.cut(parscan.Sequential(), [step], [structure], replace(machines.default("cpu"), **times)).segment
+
+    assert told() is None
+    monkeypatch.setattr(timing, "KEPT", 2**16)
+    monkeypatch.setattr(timing, "HANDED_OUT", 2**16 + 2**14)
+    whole, cut = (timing.held(step, structure, parscan.Sequential(segment=segment)) for segment in (None, told(fresh=10.0)))
+    assert cut <= timing.KEPT and whole > timing.HANDED_OUT and timing.FEWEST <= told(fresh=10.0) < LENGTH
+    assert told(fresh=1e-6) is None  # it costs nothing
+    assert told(fresh=10.0, launch=1e9) is None  # segments cost more
+
+
+@pytest.mark.parametrize("segment", [None, 64, 16])
+@pytest.mark.parametrize("cell, batch, width", [("rnn", 4, 8), ("rnn", 4, 32), ("linear", 4, 8), ("pairs", 4, 4)])
+def test_what_a_gradient_holds_is_told_within_a_factor_of_two(cell, batch, width, segment):
+    told = timing.held(*given(cell, batch, width), parscan.Sequential(segment=segment))
+    assert 0.5 < told / peak(cell, batch, width, parscan.Sequential(segment=segment)) < 2
 
 
 # --- segments give what the whole gives -------------------------------------------------------------------------------------
