@@ -39,7 +39,7 @@ class Stretch(NamedTuple):
 
 
 CPU_STATE = 2**14  # entries of a step's Jacobian from which on no walk over them is thought of on a CPU
-SURELY = {"Lax": 0.85, "Sequential": 0.85, "Walk": 0.65}  # of the favourite's time that a method must be told to take to be chosen before it
+SURELY = {"Lax": 0.7, "Sequential": 0.85, "Walk": 0.65}  # of the favourite's time that a method must be told to take to be chosen before it
 ACCELERATOR_LENGTH = 64  # steps from which on it is worth while there
 ACCELERATOR_STATE = 2**18  # B·n² up to which chunk matrices are worth their products on an accelerator
 
