@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jax import Array
 
-from parscan import affine, exponents, prefix
+from parscan import affine, exponents, grouped, jacobians, prefix
 from parscan.affine import Affine
 from parscan.folding import Fold
 from parscan.guard import Errors, Found, Inside
@@ -25,18 +27,48 @@ def through_one(chain: Chain, start: Array, offsets: Array, method: Method, reve
         return Found(values, partial(_errors_of_steps, chain, values, offsets, reverse))
     if isinstance(method, Chunked):
         return _Chunked(chain, offsets, method, reverse).found(start)
-    maps, upswept = formed(chain, offsets), partial(prefix.upsweep, then=affine.then, reverse=reverse)
+    maps = formed(chain, offsets)
     if isinstance(method, Walk):
         values = prefix.walk(maps, start, affine.apply, reverse=reverse)
-        return Found(values, partial(_errors_of_walk, chain, start, values, maps, reverse))
+        return Found(values, partial(_errors_of_maps, chain, start, values, offsets, partial(_walked, maps, reverse), reverse))
     if isinstance(method, Tree):
-        made = upswept(maps)
-        values = prefix.downsweep(made, start, affine.apply, reverse=reverse)
-        return Found(values, partial(_errors_of_tree, chain, start, values, maps, made, reverse))
+        made = _upswept(maps, reverse)
+        values = made.values(start)
+        return Found(values, partial(_errors_of_tree, chain, start, values, offsets, made, reverse))
     if isinstance(method, Associative):
         values = prefix.associative(affine.scaled(_closed(maps)), start, affine.apply, affine.then, reverse=reverse)
-        return Found(values, lambda error: _errors_of_tree(chain, start, values, maps, upswept(maps), reverse, error))
+        return Found(values, lambda error: _errors_of_tree(chain, start, values, offsets, _upswept(maps, reverse), reverse, error))
     raise TypeError(f"no journey by {method!r}")
+
+
+class Pairs(NamedTuple):
+    """The maps of a chain and all that their pairs were joined to: `parscan.prefix`, as `parscan.grouped` has it."""
+
+    maps: Affine
+    made: prefix.Upsweep
+    reverse: bool
+
+    def values(self, start: Array) -> Array:
+        return prefix.downsweep(self.made, start, affine.apply, reverse=self.reverse)
+
+    def again(self, offsets: Array) -> Pairs:
+        maps = self.maps._replace(offset=offsets)
+        return self._replace(maps=maps, made=prefix.again(self.made, maps, affine.renewed, reverse=self.reverse))
+
+
+def _upswept(maps: Affine, reverse: bool, levels: int | None = None) -> Pairs | grouped.Groups:
+    if levels is None and joins_by_loops(maps):
+        return grouped.upsweep(maps, reverse)
+    return Pairs(maps, prefix.upsweep(maps, affine.then, reverse=reverse, levels=levels), reverse)
+
+
+def joins_by_loops(maps: Affine) -> bool:
+    """On a CPU, unless products take other shapes than their factors. Elsewhere each step of a loop costs as much as starting a kernel, and depth counts."""
+    return jax.default_backend() == "cpu" and not jacobians.grows(maps.matrix)
+
+
+def _walked(maps: Affine, reverse: bool, offsets: Array, start: Array) -> Array:
+    return prefix.walk(maps._replace(offset=offsets), start, affine.apply, reverse=reverse)
 
 
 def _errors_of_steps(chain: Chain, values: Array, offsets: Array, reverse: bool, error: Array | None) -> Errors | None:
@@ -47,15 +79,23 @@ def _errors_of_steps(chain: Chain, values: Array, offsets: Array, reverse: bool,
     return Errors(at, largest(values, offsets))
 
 
-def _errors_of_walk(chain: Chain, start: Array, values: Array, maps: Affine, reverse: bool, error: Array | None) -> Errors:
-    """Of maps that were written down and taken one after another: their entries are rounded, where a step itself may cancel exactly."""
-    defects = maps._replace(offset=defects_of(chain, start, maps.offset, values, reverse))
-    at = prefix.walk(defects, jnp.zeros_like(start) if error is None else error, affine.apply, reverse=reverse)
-    return Errors(at, largest(values, maps.offset))
+def _errors_of_maps(
+    chain: Chain, start: Array, values: Array, offsets: Array, travelled: Callable[[Array, Array], Array], reverse: bool, error: Array | None
+) -> Errors:
+    """Of maps that were written down: their entries are rounded, where a step itself may cancel exactly. travelled: (offsets, start) -> what leaves them."""
+    defects = defects_of(chain, start, offsets, values, reverse)
+    return Errors(travelled(defects, jnp.zeros_like(start) if error is None else error), largest(values, offsets))
 
 
-def _errors_of_tree(chain: Chain, start: Array, values: Array, maps: Affine, made: prefix.Upsweep, reverse: bool, error: Array | None) -> Errors:
+def _errors_of_tree(chain: Chain, start: Array, values: Array, offsets: Array, made: Pairs | grouped.Groups, reverse: bool, error: Array | None) -> Errors:
+    if isinstance(made, Pairs):
+        return _errors_of_pairs(chain, start, values, made, error)
+    return _errors_of_maps(chain, start, values, offsets, lambda defects, error: made.again(defects).values(error), reverse, error)
+
+
+def _errors_of_pairs(chain: Chain, start: Array, values: Array, pairs: Pairs, error: Array | None) -> Errors:
     """The maps of a later round carry the defects on; the steps inside each are taken one after another, from where it starts."""
+    maps, made, reverse = pairs
     level = min(ROUND, len(made.rounds) - 1)
     rounds, size, error = made.rounds[level:], 2**level, jnp.zeros_like(start) if error is None else error
     rest = values.shape[0] - size * prefix.length(rounds[0])  # at the end of the journey
@@ -92,7 +132,6 @@ class _Chunked:
         self.size, self.levels, self.checked = method.size or 1, method.levels, method.guard
         self.fold, self.steps = Fold(chain, offsets.dtype), offsets.shape[0] // self.size * self.size  # in whole chunks
         self.has_rest = self.steps < offsets.shape[0]
-        self.maps: Any = None
         self.highest: Any = None
         self.made: Any = None
         self.told: Any = None
@@ -104,9 +143,9 @@ class _Chunked:
         return Found(values, partial(self._errors, start, values))
 
     def _through(self, chunks: Any, start: Array) -> Array:
-        self.maps, self.highest = self.fold.explicit(chunks), chunks.highest
-        self.made = prefix.upsweep(self.maps, affine.then, reverse=self.reverse, levels=self.levels)
-        self.told = prefix.downsweep(self.made, start, affine.apply, reverse=self.reverse)
+        self.highest = chunks.highest
+        self.made = _upswept(self.fold.explicit(chunks), self.reverse, self.levels)
+        self.told = self.made.values(start)
         return self.told
 
     def _errors(self, start: Array, values: Array, error: Array | None) -> Errors | None:
@@ -118,8 +157,7 @@ class _Chunked:
             error = prefix.last(rest, self.reverse)
         error, stored = jnp.zeros_like(start) if error is None else error, self.chain.rounding.stored
         defects = stored(self.told) - stored(ends_of(values[: self.steps], self.size, self.reverse))
-        made = prefix.again(self.made, self.maps._replace(offset=defects), affine.renewed, reverse=self.reverse)
-        at = prefix.downsweep(made, error, affine.apply, reverse=self.reverse)
+        at = self.made.again(defects).values(error)
         before, each = prefix.entering(prefix.boundaries(error, at, self.reverse), self.reverse), largest(values, self.offsets)
         most, sizes = exponents.scaled(jnp.abs(before), self.highest), each[: self.steps].reshape(-1, self.size, each.shape[1])
         inside, sizes = Inside(most, sizes, partial(self._follow, before)), sizes.max(1)

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import math
+
 import jax
 import jax.numpy as jnp
 import pytest
 from jax import lax
-from support import LOG_DEPTH, equations, long_loops, make_chain, make_cotangents, rnn_problem
+from support import LOG_DEPTH, assert_close, equations, long_loops, make_chain, make_cotangents, rnn_problem, sub_jaxprs
 
 import parscan
+from parscan import affine, grouped, prefix, single
 from parscan.timing import FUSES_LOOPS
 
-CHUNK = 8
+CHUNK = max(8, grouped.SIDE)  # steps of the longest loop that does not grow with the chain
 ONLY_THE_CARRY = ((3, 4), "float64")
 
 
@@ -62,35 +65,97 @@ ORDERS = ["jvp", "grad", "grad of grad", "hessian", "third", "third in reverse"]
 SOME = {"tree": ORDERS, "chunked": ["jvp", "grad", "third in reverse"], "associative": ["jvp", "grad"]}
 
 
-@pytest.mark.parametrize("method, order", [(method, order) for method in LOG_DEPTH for order in SOME[method]])
-def test_every_long_loop_is_a_forward_pass_and_equations_grow_with_the_logarithm(method, order):
-    scan, sizes = lambda *a: parscan.scan(*a, method=LOG_DEPTH[method]), []
-    for length in (64, 1024, 16384) if order in ("jvp", "grad") else (16, 64, 256):  # tracing the others takes seconds
+def assert_grows_slowly(method, sizes):
+    """Equations for chains each 16 times, or 4 times, as long as the one before: on a CPU as many for any, but for comparison, and in pairs, with the logarithm."""
+    if method in ("associative", "pairs"):
+        assert 0 < sizes[2] - sizes[1] <= 1.3 * (sizes[1] - sizes[0]), sizes  # as many doublings each
+    else:
+        assert max(sizes) <= 1.05 * min(sizes), sizes
+
+
+def in_pairs(monkeypatch):
+    """As on an accelerator."""
+    monkeypatch.setattr(single, "joins_by_loops", lambda maps: False)
+
+
+@pytest.mark.parametrize("method, order", [(method, order) for method in LOG_DEPTH for order in SOME[method]] + [("pairs", "jvp"), ("pairs", "grad")])
+def test_every_long_loop_is_a_forward_pass_and_equations_grow_slowly(method, order, monkeypatch):
+    if method == "pairs":
+        in_pairs(monkeypatch)
+    scan, sizes = lambda *a: parscan.scan(*a, method=LOG_DEPTH.get(method, "tree")), []
+    for length in (1024, 16384, 262144) if order in ("jvp", "grad") else (1024, 4096, 16384):
         program = jax.make_jaxpr(derivative(order, scan))(*arguments(length))
         loops = long_loops(program, CHUNK)
         assert loops, "the forward pass itself is a loop"
         assert forward_only(loops)
         sizes.append(sum(1 for _ in equations(program)))
-    first, second = sizes[1] - sizes[0], sizes[2] - sizes[1]
-    assert 0 < second <= 1.3 * first, sizes  # as many doublings each
+    assert_grows_slowly(method, sizes)
 
 
-@pytest.mark.parametrize("method", LOG_DEPTH)
-def test_parallel_backward_has_no_long_loop(method):
+@pytest.mark.parametrize("method", [*LOG_DEPTH, "pairs"])
+def test_parallel_backward_has_no_long_loop(method, monkeypatch):
+    if method == "pairs":
+        in_pairs(monkeypatch)
     sizes = []
-    for length in (64, 1024, 16384):
+    for length in (1024, 4096, 16384):
         chain = make_chain("BlockDiagonal", length, "float64")
         end, _ = make_cotangents("BlockDiagonal", length, "float64", False)
         activations = jnp.zeros((length + 1, *chain.x.shape))
 
         def backward(params, activations, end, chain=chain):
-            grads = parscan.parallel_backward(chain.layer, params, activations, end, params_axes=chain.params_axes, method=LOG_DEPTH[method])
+            grads = parscan.parallel_backward(chain.layer, params, activations, end, params_axes=chain.params_axes, method=LOG_DEPTH.get(method, "tree"))
             return grads.params, grads.activations
 
         program = jax.make_jaxpr(backward)(chain.params, activations, end)
         assert not long_loops(program, CHUNK)
         sizes.append(sum(1 for _ in equations(program)))
-    assert 0 < sizes[2] - sizes[1] <= 1.3 * (sizes[1] - sizes[0]), sizes
+    assert_grows_slowly(method, sizes)
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize("length", [2, 63, 64, 65, 128, 129, 4159, 4160, 4161, 9000])
+def test_groups_find_what_a_walk_finds_in_as_many_products_and_as_deep_as_said(length, reverse):
+    """Whatever the rest, and again with other offsets; maps that do not commute."""
+    keys = jax.random.split(jax.random.key(length), 4)
+    maps = affine.Affine(parscan.Dense(jax.random.normal(keys[0], (length, 3, 3)) / 3), None, jax.random.normal(keys[1], (length, 3)))
+    others, start = jax.random.normal(keys[2], (length, 3)), jax.random.normal(keys[3], (3,))
+
+    @jax.jit
+    def found(maps, others, start):
+        made = grouped.upsweep(maps, reverse)
+        return made.values(start), made.again(others).values(start)
+
+    want = [prefix.walk(maps._replace(offset=offsets), start, affine.apply, reverse=reverse) for offsets in (maps.offset, others)]
+    assert_close(found(maps, others, start), tuple(want), 1e-12)
+    deep, products = in_turn(jax.make_jaxpr(found)(maps, others, start))
+    rounds = math.ceil(math.log(length, grouped.SIDE) - 1e-9)
+    assert products <= length * (1 + math.log(length, grouped.SIDE) / grouped.SIDE)
+    assert deep <= 128 * rounds + 128 * rounds  # and the second way, up and down
+
+
+def in_turn(program, times=1):
+    """Steps of innermost loops, one after another, and products of two matrices."""
+    deep = products = 0
+    body = getattr(program, "jaxpr", program)
+    for eqn in body.eqns:
+        if eqn.primitive.name == "dot_general":
+            products += times * math.prod(eqn.outvars[0].aval.shape) // 9
+        again = times * eqn.params.get("length", 1)
+        inner = [in_turn(some, again) for some in sub_jaxprs(eqn.params)]
+        loops = eqn.primitive.name == "scan"
+        deep += sum(max(steps, again if loops else 0) for steps, _ in inner)
+        products += sum(some for _, some in inner)
+    return deep, products
+
+
+@pytest.mark.parametrize("method", ["tree", "chunked"])
+def test_pairs_and_groups_give_the_same_gradients(method, monkeypatch):
+    loss, args = rnn_problem(150)
+    gradient = lambda: jax.grad(lambda *a: loss(lambda *s: parscan.scan(*s, method=LOG_DEPTH[method]), *a), (0, 1, 2))(*args)
+    by_loops = gradient()
+    in_pairs(monkeypatch)
+    jax.clear_caches()
+    assert_close(by_loops, gradient(), 1e-12)
 
 
 def states_by_a_plain_scan(scan):
@@ -129,8 +194,7 @@ def states_by_a_plain_scan(scan):
 
 def test_the_check_fails_for_states_stored_by_a_plain_scan():
     wrong = states_by_a_plain_scan(lax.scan)
-    start, inputs = arguments(64)[1:]
-    weights = arguments(64)[0]
+    weights, start, inputs = arguments(2 * CHUNK)
     loss = lambda scan: lambda start: simple_loss(scan, weights, start, inputs)
     right, tried = jax.grad(loss(lax.scan))(start), jax.grad(loss(wrong))(start)
     assert jnp.allclose(right, tried)
@@ -141,7 +205,7 @@ def test_the_check_fails_for_states_stored_by_a_plain_scan():
 @pytest.mark.parametrize("method", ["sequential", "walk", "lax", parscan.Walk(8), parscan.Chunked(8, 0), parscan.Chunked(8, 1)], ids=str)
 def test_the_check_fails_for_sequential_methods(method):
     scan = lambda *a: parscan.scan(*a, method=method)
-    assert not forward_only(long_loops(jax.make_jaxpr(derivative("grad", scan))(*arguments(1024)), CHUNK))
+    assert not forward_only(long_loops(jax.make_jaxpr(derivative("grad", scan))(*arguments(4096)), CHUNK))
 
 
 # --- work ----------------------------------------------------------------------------------------------------------------------
@@ -160,8 +224,9 @@ def matrix_products(program):
 
 
 @pytest.mark.parametrize("method, most", [("tree", 63), ("chunked", 7)])
-def test_matrix_products(method, most):
-    """Fewer than one a map; the way down multiplies vectors only."""
+def test_matrix_products(method, most, monkeypatch):
+    """In pairs, fewer than one a map; the way down multiplies vectors only."""
+    in_pairs(monkeypatch)
     rotation = jnp.linalg.qr(jnp.sin(jnp.arange(121.0)).reshape(11, 11))[0]
     layer = lambda w, h: jnp.tanh(h @ rotation * w)
     backward = lambda w, a, c: parscan.parallel_backward(layer, w, a, c, method=method).params

@@ -2,7 +2,7 @@
 
 from parscan.jacobians.banded import Banded
 from parscan.jacobians.base import Evidence, Form, Index, Jacobian, Pattern, balanced_columns, kind
-from parscan.jacobians.blocks import BlockDiagonal, DirectSum, alike, closed, split
+from parscan.jacobians.blocks import BlockDiagonal, DirectSum, alike, closed, grows, split
 from parscan.jacobians.dense import Dense
 from parscan.jacobians.diagonal import Diagonal, Identity
 from parscan.jacobians.kronecker import Kronecker
@@ -33,6 +33,7 @@ __all__ = [
     "alike",
     "balanced_columns",
     "closed",
+    "grows",
     "kind",
     "matched",
     "product",

@@ -217,7 +217,16 @@ def closed(one: Any, lead: int = 1) -> Any:
         return one.like(jax.tree.map(lambda x: jnp.broadcast_to(x, (*x.shape[:lead], *one.along, *x.shape[lead + len(one.along) :])), inner))
     if isinstance(one, DirectSum):
         return DirectSum(tuple(closed(part, lead) for part in one.parts))
-    return one if isinstance(one, (Dense, Diagonal)) else _dense(one, lead)
+    return _dense(one, lead) if grows(one) else one
+
+
+def grows(one: Any) -> bool:
+    """Whether a product of two such maps may be of another kind or of other shapes than they."""
+    if isinstance(one, BlockDiagonal):
+        return grows(one.inner)
+    if isinstance(one, DirectSum):
+        return any(map(grows, one.parts))
+    return not isinstance(one, (Dense, Diagonal))
 
 
 def _dense(one: Any, lead: int) -> Dense:
