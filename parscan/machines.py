@@ -58,17 +58,17 @@ class Machine:
     entry: float
 
 
-# Fitted, in logarithms, to the times of 90 recurrences (before JAX 0.12: of 227) by `lax`, `sequential` and `walk`, on 2 cores of a Xeon: `draw` in
-# `scripts/problems.py`, seeds 0 to 2. Another machine may well be three times as fast in all of them: what is chosen follows from their ratios.
+# Fitted, in logarithms, to the times of 120 recurrences (since JAX 0.12: of 70) by `lax`, `sequential`, whole and in segments, and `walk`, on 2 cores of
+# a Xeon: `draw` in `scripts/problems.py`, seed 4. Another machine may well be three times as fast in all: what is chosen follows from their ratios.
 CPU_BEFORE = Machine(
     start=1400, fused=12, call=410, kernel=62, slot=16,
     product=0.014, element=0.22, function=2.4, kept=0.0021,
     all_call=30, all_kept=0.012, all_product=2e-5, all_element=0.065, all_function=1.2, launch=1400, fresh=0.3, level=170, entry=1.3,
 )  # fmt: skip  # JAX 0.10.2
 CPU_SINCE = Machine(
-    start=14000, fused=49, call=540, kernel=90, slot=0.2,
-    product=0.020, element=0.15, function=1.5, kept=0.011,
-    all_call=165, all_kept=0.005, all_product=5e-5, all_element=0.011, all_function=1.0, launch=2000, fresh=0.25, level=167, entry=2.0,
+    start=18000, fused=17, call=440, kernel=68, slot=0.21,
+    product=0.018, element=0.21, function=3.2, kept=0.02,
+    all_call=46, all_kept=0.0064, all_product=5e-5, all_element=0.12, all_function=0.9, launch=1200, fresh=0.39, level=245, entry=1.5,
 )  # fmt: skip  # JAX 0.12.0.1
 
 # Fitted to the 21 whole gradients on an H100 that README, *When it pays*, lists (JAX 0.11.2, `lax`, `sequential`, `Chunked`): within a factor of 2 of each.

@@ -211,7 +211,7 @@ def _chosen(step: Step, structure: Structure, fallback: Method, platform: str) -
 def _quickest_on_cpu(step: Step, structure: Structure, name: str, entries: int, fallback: Method) -> tuple[Method, str]:
     """The method that is told to take the least time: JAX's own loop, one of the states' cotangents alone, or a walk over Jacobians.
 
-    No model is exact, so one of them is favoured: JAX's loop where XLA makes a kernel of each of its two passes, if it may keep what linearises the steps
+    No model is exact, so one of them is favoured: JAX's loop where XLA makes a small kernel of each of its two passes, if it may keep what linearises the steps
     from the one for the other; else the loop of cotangents. What is told to be a little faster than the favourite is not taken.
     """
     if step.program.has_branches:
