@@ -408,7 +408,8 @@ def chunked(
     last_matters = every or (has_rest and not reverse)
     if not last_matters:
         maps = take(maps, slice(1, None) if reverse else slice(None, -1))
-    bounds = boundaries(start, through(maps, start), reverse)
+    ends = through(maps, start) if length(maps) else jax.tree.map(lambda v: v[None][:0], start)  # of a single chunk, whose map nobody needs
+    bounds = boundaries(start, ends, reverse)
     values = unfold(steps, entering(bounds, reverse) if last_matters else bounds, size=size, cross=cross, reverse=reverse, scan=scan)
     if not has_rest:
         return values

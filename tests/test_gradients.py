@@ -88,6 +88,7 @@ def test_grad_of_forward(method, kind, dtype="float64", length=7):
         parscan.Chunked(5),
         parscan.Chunked(5, 0),
         parscan.Chunked(5, 2),
+        parscan.Chunked(64, guard=False),
         parscan.Chunked(100),
         parscan.Walk(1),
         parscan.Walk(5),
