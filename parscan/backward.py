@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import reprlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from numbers import Integral
@@ -23,11 +24,16 @@ from parscan.recurrence import Recurrence, Run
 from parscan.report import Plan
 from parscan.structure import structures_of
 
+_shortly = reprlib.Repr()
+_shortly.maxlevel, _shortly.maxstring, _shortly.maxother = 20, 1000, 1000
+_shortly.maxlist = _shortly.maxtuple = 4
+_shortly.maxdict = 20
+
 
 @jax.tree_util.register_pytree_with_keys_class
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Gradients:
-    """What `parallel_backward` returns: a pytree.
+    """What `parallel_backward` returns: a pytree. Printed, it shows shapes and dtypes, and of long lists the beginning.
 
     Attributes:
         params: like the parameters: ∂/∂θ_i stacked on the leading axis L, summed over all layers for shared leaves. For a sequence of layers a
@@ -37,6 +43,10 @@ class Gradients:
         stacked: whether `activations` are stacked rather than a list.
 
     Integer, boolean and key leaves are `float0`, as in JAX.
+
+    Example:
+        >>> parscan.parallel_backward(layer, params, activations, c, method="tree")
+        Gradients(params=float32[16,4], activations=float32[17,4], plan=Plan(Diagonal, {1: 4}, Tree(), length 16))
     """
 
     params: Any
@@ -51,6 +61,10 @@ class Gradients:
             return self.activations[0]
         return jax.tree.map(lambda g: checks.float0_zeros(g.shape[1:]) if g.dtype == jax.dtypes.float0 else g[0], self.activations)
 
+    def __repr__(self) -> str:
+        params, activations = (_shortly.repr(jax.tree.map(_InWords, some)) for some in (self.params, self.activations))
+        return f"Gradients(params={params}, activations={activations}, plan={self.plan!r})"
+
     def tree_flatten_with_keys(self):
         key = jax.tree_util.GetAttrKey
         return ((key("params"), self.params), (key("activations"), self.activations)), (_Unseen(self.plan), self.stacked)
@@ -59,6 +73,17 @@ class Gradients:
     def tree_unflatten(cls, static, children):
         (params, activations), (plan, stacked) = children, static
         return cls(params, activations, plan.value, stacked)
+
+
+class _InWords:
+    """Stands for a leaf in what is printed."""
+
+    def __init__(self, leaf: Any):
+        known = hasattr(leaf, "shape") and hasattr(leaf, "dtype")  # in JAX's own hands a leaf may be anything
+        self.text = checks.describe(leaf).replace(str(jax.dtypes.float0), "float0") if known else repr(leaf)
+
+    def __repr__(self) -> str:
+        return self.text
 
 
 class _Unseen:

@@ -80,14 +80,24 @@ def _draw_entries(ax: Any, structure: Structure, pattern: Any) -> None:
     """Entries in the colour of their group; black outside of all blocks, where a claim is wrong."""
     from matplotlib.colors import ListedColormap
 
+    image, colours = entries(structure, pattern, PIXELS, len(COLOURS)), ListedColormap(["#00000000", "#000000", *COLOURS])
+    extent = (-0.5, structure.before.size - 0.5, structure.after.size - 0.5, -0.5)
+    ax.imshow(image, cmap=colours, vmin=0, vmax=1 + len(COLOURS), interpolation="nearest", extent=extent, zorder=2)
+
+
+def entries(structure: Structure, pattern: Any, most: int, colours: int) -> np.ndarray:
+    """Where a Jacobian may be non-zero, as an image of at most `most` pixels along each side.
+
+    Returns:
+        0 for nothing, 1 for what is in no block, 2 and more for the groups, `colours` of them in turn.
+    """
     shape, (rows, columns) = (structure.after.size, structure.before.size), _places(structure, pattern)
-    height, width = (min(size, PIXELS) for size in shape)
+    height, width = (min(size, most) for size in shape)
     image = np.zeros((height, width), np.uint8)
     (row_group, row_block), (column_group, column_block) = _blocks(structure.after), _blocks(structure.before)
     inside = (row_group[rows] == column_group[columns]) & (row_block[rows] == column_block[columns])
-    image[rows * height // shape[0], columns * width // shape[1]] = np.where(inside, 2 + row_group[rows] % len(COLOURS), 1)
-    colours = ListedColormap(["#00000000", "#000000", *COLOURS])
-    ax.imshow(image, cmap=colours, vmin=0, vmax=1 + len(COLOURS), interpolation="nearest", extent=(-0.5, shape[1] - 0.5, shape[0] - 0.5, -0.5), zorder=2)
+    image[rows * height // shape[0], columns * width // shape[1]] = np.where(inside, 2 + row_group[rows] % colours, 1)
+    return image
 
 
 def _blocks(layout: Layout) -> tuple[np.ndarray, np.ndarray]:

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
-from parscan import costs, drawing, timing
+from parscan import costs, drawing, notebook, timing
 from parscan.checks import is_inexact, named_leaves
 from parscan.claims import Claim
 from parscan.costs import STAGES, Step
@@ -205,15 +205,36 @@ class Plan:
             >>> parscan.plan(f, init, xs, method="tree").spy().get_title()
             'Diagonal: 4 blocks of 1'
         """
-        if self.stretches:
-            return max(self.stretches, key=lambda plan: (plan.method.is_parallel, plan.length)).spy(ax)
-        given = self._given
+        found = self._shown()
+        if found is None:
+            shown = self._longest()
+            raise ValueError(f"There is no Jacobian to draw in {shown!r}: {shown.reason}.")
+        step, structure, names = found
+        return drawing.spy(structure, derivative(step.program).pattern, names, ax)
+
+    def _repr_html_(self) -> str:
+        """What notebooks show: the table, and a picture of the blocks."""
+        found = self._shown()
+        picture = ""
+        if found is not None and min(found[1].before.size, found[1].after.size):
+            step, structure, _ = found
+            small = max(structure.before.size, structure.after.size) <= drawing.MOST_DRAWN
+            picture = notebook.picture(structure, derivative(step.program).pattern if small else None)
+        return notebook.page(_words(self), _numbers(self), picture)
+
+    def _longest(self) -> Plan:
+        """Of stretches, the one that stands for all; else the plan itself."""
+        return max(self.stretches, key=lambda plan: (plan.method.is_parallel, plan.length), default=self)
+
+    def _shown(self) -> tuple[Step, Structure, tuple[list[str], list[str]]] | None:
+        """The step whose Jacobian is drawn, that one's structure, and what the leaves of both states are called; None if none is formed."""
+        given = self._longest()._given
         if given is None or given.structures is None:
-            raise ValueError(f"There is no Jacobian to draw in {self!r}: {self.reason}.")
+            return None
         r = max(range(len(given.steps)), key=lambda r: given.steps[r].count)
         structure = given.structures[r]
-        ends = [[name.strip("`") for name in _names(given, r + i, len(layout.shapes))] for i, layout in enumerate((structure.before, structure.after))]
-        return drawing.spy(structure, derivative(given.steps[r].program).pattern, (ends[0], ends[1]), ax)
+        before, after = ([name.strip("`") for name in _names(given, r + i, len(layout.shapes))] for i, layout in enumerate((structure.before, structure.after)))
+        return given.steps[r], structure, (before, after)
 
 
 # --- why: in words --------------------------------------------------------------------------------------------------------
@@ -270,26 +291,39 @@ def _advice(kind: str, blocks: dict[int, int]) -> Iterator[str]:
 
 
 def _lines(plan: Plan) -> Iterator[str]:
-    yield from _entry("method", f"{plan.method}, length {plan.length}")
+    for label, text in _words(plan):
+        yield from _entry(label, text)
+    for (label, *headings), lines in _numbers(plan):
+        yield f"{label:12}{headings[0]:>9}{headings[1]:>11}"
+        for name, first, second in lines:
+            yield f"{name:12}{first:>9}{second:>11}".rstrip()
+
+
+def _words(plan: Plan) -> Iterator[tuple[str, str]]:
+    yield "method", f"{plan.method}, length {plan.length}"
     if not plan.stretches:
-        yield from _entry("reason", plan.reason)
+        yield "reason", plan.reason
     for i, one in enumerate(plan.stretches, 1):
-        yield from _entry(f"stretch {i}", f"{one.length} layer{'s' if one.length != 1 else ''} by {one.method}, {_structure(one)}: {one.reason}")
-    yield from _entry("structure", _structure(plan))
+        yield f"stretch {i}", f"{one.length} layer{'s' if one.length != 1 else ''} by {one.method}, {_structure(one)}: {one.reason}"
+    yield "structure", _structure(plan)
     for i, said in enumerate(plan.why[:MOST_WHY]):
-        yield from _entry("why" if i == 0 else "", said)
+        yield "why" if i == 0 else "", said
     if len(plan.why) > MOST_WHY:
-        yield from _entry("", f"… and {len(plan.why) - MOST_WHY} more, see `why`")
-    yield from _entry("depth", f"{plan.depth} operations one after another; {plan.length} steps")
-    yield f"{'':12}{'FLOPs':>9}{'bytes':>11}"
-    for stage in (*STAGES, "total", "sequential"):
-        (flops, thousands), (size, unit) = costs.human(plan.flops[stage]), costs.human(plan.bytes[stage])
-        yield f"{stage:12}{flops:>7} {thousands:1}{size:>8} {unit}B"
+        yield "", f"… and {len(plan.why) - MOST_WHY} more, see `why`"
+    yield "depth", f"{plan.depth} operations one after another; {plan.length} steps"
+
+
+def _numbers(plan: Plan) -> Iterator[tuple[tuple[str, str, str], list[tuple[str, str, str]]]]:
+    """Headings and lines of what is counted, and of what is told."""
+    yield ("", "FLOPs", "bytes"), [(stage, _human(plan.flops[stage], ""), _human(plan.bytes[stage], "B")) for stage in (*STAGES, "total", "sequential")]
     if plan._told:
-        yield f"{'gradient by':12}{'told':>9}{'holds':>11}"
-    for name, (time, held) in plan._told.items():
-        size, unit = costs.human(held)
-        yield f"{name:12}{timing.in_words(time):>9}{size:>8} {unit}B"
+        yield ("gradient by", "told", "holds"), [(name, timing.in_words(time), _human(held, "B")) for name, (time, held) in plan._told.items()]
+
+
+def _human(number: int, unit: str) -> str:
+    """Such as `128 kB`; without thousands a blank takes their place, so that digits stand below digits."""
+    value, thousands = costs.human(number)
+    return f"{value} {thousands}{unit}{'' if thousands else ' '}"
 
 
 def _entry(label: str, text: str) -> list[str]:
