@@ -6,7 +6,7 @@ import reprlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from numbers import Integral
-from typing import Any
+from typing import Any, Generic, TypeVar, overload
 
 import jax
 import jax.numpy as jnp
@@ -24,6 +24,9 @@ from parscan.recurrence import Recurrence, Run
 from parscan.report import Plan
 from parscan.structure import structures_of
 
+Params = TypeVar("Params")
+State = TypeVar("State")
+
 _shortly = reprlib.Repr()
 _shortly.maxlevel, _shortly.maxstring, _shortly.maxother = 20, 1000, 1000
 _shortly.maxlist = _shortly.maxtuple = 4
@@ -32,7 +35,7 @@ _shortly.maxdict = 20
 
 @jax.tree_util.register_pytree_with_keys_class
 @dataclass(frozen=True, repr=False)
-class Gradients:
+class Gradients(Generic[Params, State]):
     """What `parallel_backward` returns: a pytree. Printed, it shows shapes and dtypes, and of long lists the beginning.
 
     Attributes:
@@ -49,16 +52,17 @@ class Gradients:
         Gradients(params=float32[16,4], activations=float32[17,4], plan=Plan(Diagonal, {1: 4}, Tree(), length 16))
     """
 
-    params: Any
-    activations: Any
+    params: Params
+    activations: State
     plan: Plan
     stacked: bool = True
 
     @property
-    def input(self) -> Any:
+    def input(self) -> State:
         """∂/∂x: the accumulated gradient at h_0."""
         if not self.stacked:
-            return self.activations[0]
+            some: Any = self.activations
+            return some[0]
         return jax.tree.map(lambda g: checks.float0_zeros(g.shape[1:]) if g.dtype == jax.dtypes.float0 else g[0], self.activations)
 
     def __repr__(self) -> str:
@@ -97,6 +101,36 @@ class _Unseen:
 
     def __hash__(self) -> int:
         return 0
+
+
+@overload
+def parallel_backward(
+    layer: Callable[[Any, Any], Any],
+    params: Params,
+    activations: State,
+    cotangent: Any,
+    *,
+    layer_cotangents: Any = None,
+    params_axes: Any = 0,
+    method: Method | str = "auto",
+    structure: Any = "auto",
+    debug: bool = False,
+) -> Gradients[Params, State]: ...
+
+
+@overload
+def parallel_backward(
+    layer: Layers,
+    params: Any,
+    activations: Any,
+    cotangent: Any,
+    *,
+    layer_cotangents: Any = None,
+    params_axes: Any = 0,
+    method: Method | str = "auto",
+    structure: Any = "auto",
+    debug: bool = False,
+) -> Gradients[Any, Any]: ...
 
 
 def parallel_backward(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar, overload
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +22,34 @@ from parscan.recurrence import run_recurrence, run_recurrence_stored, run_steps,
 
 State = TypeVar("State")
 Layers = Callable[[Any, Any], Any] | Sequence[Callable[[Any, Any], Any]]
+
+
+@overload
+def forward(
+    layer: Callable[[Any, State], State],
+    params: Any,
+    x: State,
+    *,
+    params_axes: Any = 0,
+    length: int | None = None,
+    method: Method | str = "auto",
+    structure: Any = "auto",
+    debug: bool = False,
+) -> tuple[State, State]: ...
+
+
+@overload
+def forward(
+    layer: Sequence[Callable[[Any, Any], Any]],
+    params: Any,
+    x: Any,
+    *,
+    params_axes: Any = 0,
+    length: int | None = None,
+    method: Method | str = "auto",
+    structure: Any = "auto",
+    debug: bool = False,
+) -> tuple[Any, list[Any]]: ...
 
 
 def forward(
@@ -68,6 +96,45 @@ def forward(
     final, leaving = _run(network, parsed, claim, Watch("layer", claim) if debug else None, stored=True)
     start = [jnp.asarray(leaf) for leaf in network.start]
     return jax.tree.unflatten(network.trees()[-1], final), network.as_activations(start, leaving)
+
+
+@overload
+def chain(
+    layer: Callable[[Any, State], State],
+    *,
+    params_axes: Any = 0,
+    length: int | None = None,
+    return_activations: Literal[False] = False,
+    method: Method | str = "auto",
+    structure: Any = "auto",
+    debug: bool = False,
+) -> Callable[[Any, State], State]: ...
+
+
+@overload
+def chain(
+    layer: Callable[[Any, State], State],
+    *,
+    params_axes: Any = 0,
+    length: int | None = None,
+    return_activations: Literal[True],
+    method: Method | str = "auto",
+    structure: Any = "auto",
+    debug: bool = False,
+) -> Callable[[Any, State], tuple[State, State]]: ...
+
+
+@overload
+def chain(
+    layer: Layers,
+    *,
+    params_axes: Any = 0,
+    length: int | None = None,
+    return_activations: bool = False,
+    method: Method | str = "auto",
+    structure: Any = "auto",
+    debug: bool = False,
+) -> Callable[[Any, Any], Any]: ...
 
 
 def chain(
