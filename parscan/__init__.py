@@ -12,7 +12,13 @@ O(log L) instead of L. Notation used throughout: L steps; n coordinates of the s
 Public names: `scan`, `chain`, `forward`, `parallel_backward`, `linear_scan`, `plan`, `calibrate`, `calibration`, `replacing_lax_scan`; the methods
 `Lax`, `Sequential`, `Walk`, `Associative`, `Tree`, `Chunked`; the claim `Blocks`; the Jacobian kinds `Dense`, `Diagonal`, `BlockDiagonal`; the results
 `Gradients`, `Plan`, `Measured` with its `Machine`; `testing.check_structure`.
+
+The logger `parscan` says at DEBUG, whenever something is traced, which method was chosen, and why; at INFO if it was left to JAX since something in the
+function cannot be parallel; at WARNING if a method that was asked for is not the one that is taken, or a calibration cannot be read. What the guard
+decides is decided on the device, inside a compiled program, and no log can say it.
 """
+
+import logging
 
 from parscan import testing
 from parscan.backward import Gradients, parallel_backward
@@ -29,6 +35,8 @@ from parscan.report import Plan
 from parscan.scanning import scan
 
 __version__ = "0.1.0"
+
+logging.getLogger(__name__).addHandler(logging.NullHandler())  # nothing is printed unless the user asks for it
 
 __all__ = [
     "Associative",

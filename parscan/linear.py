@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -16,6 +17,8 @@ from parscan.maps import Chain
 from parscan.methods import Chunked, Lax, Method, Sequential, Travelling, Tree, Walk, parse_method
 from parscan.structure import forms_of
 from parscan.sweep import judged, sweep, sweep_on
+
+logger = logging.getLogger("parscan")
 
 _RANK = {Dense: 2, Diagonal: 1, BlockDiagonal: 3}
 
@@ -52,7 +55,9 @@ def linear_scan(A: Jacobian, b: Array, h0: Array, *, reverse: bool = False, meth
         data, cross = _entries(A, b.shape[0])
         return prefix.walk((data, b), h0, lambda step, h: cross(step[0], h) + step[1], reverse=reverse)
     assert parsed is None or isinstance(parsed, Travelling)
-    return _solved(_sized(parsed), reverse, A, b, h0)
+    sizes = _sized(parsed)
+    logger.debug("%s for %d steps of linear_scan, %s: %s", sizes, b.shape[0], type(A).__name__, "asked for" if parsed else "what is given has its structure")
+    return _solved(sizes, reverse, A, b, h0)
 
 
 @partial(jax.jit, static_argnums=(0, 1))

@@ -73,6 +73,7 @@ def plan_chain(
     if not steps:
         return Plan("none", {}, fallback, "no layers", 0), []
     everything, platform = slice(0, len(steps)), platform or jax.default_backend()
+    level, asked = logging.DEBUG, ""
     if isinstance(method, Lax):
         stretches = [_handed_over(steps, everything, method, "asked for", platform)]
     elif method is not None:
@@ -84,12 +85,16 @@ def plan_chain(
             )
         if problem is not None:
             stretches = [_handed_over(steps, everything, fallback, f"sequential, since {problem}", platform)]
+            if type(fallback) is not type(method):
+                level, asked = logging.WARNING, f"; {method!r} was asked for"
         else:
             stretches = [_planned(steps, everything, method, "asked for", claim, fallback, platform)]
     else:
         stretches = _chosen_stretches(steps, claim, fallback, platform)
+        if any(stretch.structures is None and obstacle(steps[stretch.lo].program) is not None for stretch in stretches):
+            level = logging.INFO
     plan = _summary(stretches)
-    logger.debug("%s for %d steps, %s %s: %s", plan.method, plan.length, plan.kind, plan.blocks, plan.reason)
+    logger.log(level, "%s for %d steps, %s %s: %s%s", plan.method, plan.length, plan.kind, plan.blocks, plan.reason, asked)
     return plan, stretches
 
 

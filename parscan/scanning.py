@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import operator
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -20,6 +21,8 @@ from parscan.methods import Lax, Method, Travelling, parse_method
 from parscan.planning import plan_for
 from parscan.recurrence import Recurrence, Run, run_recurrence
 from parscan.report import Plan
+
+logger = logging.getLogger("parscan")
 
 Carry = TypeVar("Carry")
 X = TypeVar("X")
@@ -159,6 +162,16 @@ def _stays_discrete(init: Any) -> bool:
     return all(hasattr(leaf, "dtype") and not is_inexact(leaf) and not jax.typeof(leaf).weak_type for leaf in leaves)
 
 
+def _left_alone(method: Method | None, init: Any) -> str:
+    """Why f is not even traced; empty if it is."""
+    if isinstance(method, Lax):
+        return "asked for"
+    # Without jit f is given values, one by one: it need not be traceable.
+    if method is None and jax.config.jax_disable_jit:  # pyright: ignore[reportAttributeAccessIssue]
+        return "JAX is told not to compile"
+    return "nothing in the carry is differentiable" if method is None and _stays_discrete(init) else ""
+
+
 # --- public ------------------------------------------------------------------------------------------------------------
 
 
@@ -213,11 +226,11 @@ def scan(
         (4,)
     """
     parsed, claim = parse_method(method), parse_structure(structure)
-    # Without jit f is given values, one by one: it need not be traceable.
-    stepwise = jax.config.jax_disable_jit  # pyright: ignore[reportAttributeAccessIssue]
-    traced = None
-    if not (isinstance(parsed, Lax) or (parsed is None and (stepwise or _stays_discrete(init)))):
+    traced, why = None, _left_alone(parsed, init)
+    if not why:
         traced = traced_scan(f, init, xs, length, reverse, parsed, claim, unroll=unroll, split_transpose=_split_transpose, debug=bool(debug))
+    if traced is None:
+        logger.debug("lax.scan for a scan of %r: %s", f, why or "it is no scan that can be read, and lax.scan may say why")
     if traced is None or (traced.spec is None and traced.as_traced is None):
         return lax.scan(f, init, xs, length, reverse, unroll, _split_transpose)
     start, consts = traced.init.leaves, [c if hasattr(c, "shape") else jnp.asarray(c) for c in traced.consts]
