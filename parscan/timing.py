@@ -18,7 +18,7 @@ import jax
 from parscan import memory
 from parscan.checks import is_inexact
 from parscan.costs import Step, costs, push_flops
-from parscan.jaxprs import Program, Work, cut_ahead, repeated, residuals, work, work_on
+from parscan.jaxprs import Program, Work, cut_ahead, made_by_products, repeated, residuals, work, work_on
 from parscan.machines import FUSES_LOOPS, Machine
 from parscan.methods import Lax, Method, Sequential, Travelling
 from parscan.structure import Structure
@@ -103,7 +103,7 @@ def parts(program: Program) -> Parts | None:
         back.grown(2 * leaves, 2 * state, 2 * state),
         together,
         stays,
-        max(whole.entries + 3 * state - of_xs * given - stays, 0),
+        max(whole.entries + 3 * state - of_xs * given - stays, 0) + made_by_products(program.jaxpr, range(len(consts), len(consts) + len(carry))),
         whole.entries + 2 * state,
     )
 

@@ -2,7 +2,20 @@
 
 from parscan.jaxprs.ahead import cut_ahead
 from parscan.jaxprs.contraction import contracted
-from parscan.jaxprs.cost import Work, bytes_of_variables, flops, flops_on, has_products, masks_nothing, moves_only, repeated, residuals, work, work_on
+from parscan.jaxprs.cost import (
+    Work,
+    bytes_of_variables,
+    flops,
+    flops_on,
+    has_products,
+    made_by_products,
+    masks_nothing,
+    moves_only,
+    repeated,
+    residuals,
+    work,
+    work_on,
+)
 from parscan.jaxprs.dependence import Dependence, Mixing, dependence, influenced_by, mixings
 from parscan.jaxprs.elements import components, pattern
 from parscan.jaxprs.factors import Cut, Separable, cuts, separable
@@ -35,6 +48,7 @@ __all__ = [
     "is_batchable",
     "is_staged",
     "jit_unless_staged",
+    "made_by_products",
     "masks_nothing",
     "mixings",
     "moves_only",

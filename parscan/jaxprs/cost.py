@@ -188,6 +188,12 @@ def residuals(jaxpr: AnyJaxpr, inputs: Sequence[int], shared: Sequence[int] = ()
     return len(read - apart), sum(math.prod(v.aval.shape) for v in read - apart)
 
 
+def made_by_products(jaxpr: AnyJaxpr, inputs: Sequence[int]) -> int:
+    """Entries of the matrix products that these inputs have a part in."""
+    made = [eqn.outvars[0] for eqn, _ in _touched(jaxpr, inputs) if eqn.primitive.name == "dot_general"]
+    return sum(math.prod(v.aval.shape) for v in made)
+
+
 _LINEAR = _MOVES | frozenset("add add_any sub neg mul div dot_general reduce_sum split stack unstack conv_general_dilated rev jit pjit".split())
 
 
