@@ -69,7 +69,8 @@ def run_loop(program: Program, consts: list, init: list, xs: list, count: int, *
 
         return one
 
-    if spec is None or cut is None:
+    weak = any(a.weak_type for group in program.out_avals for a in group if hasattr(a, "weak_type"))  # segments put together would not be
+    if spec is None or cut is None or (weak and spec.method.cuts([count])):
         return lax.scan(stepping(lambda h, x: program(consts, h, x)), init, xs, count, reverse, unroll)
     constants = cut.constants(consts)
 

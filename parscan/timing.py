@@ -187,7 +187,7 @@ def seconds(step: Step, structure: Structure, method: Method, machine: Machine, 
     if isinstance(method, Lax):
         return 1e-9 * (machine.start + fresh + step.count * (loop(one.linearising) + loop(one.whole)))
     stepping, ahead = forward(step.program, platform)
-    segments = -(-step.count // (method.segment or step.count)) if isinstance(method, Travelling) else 1
+    segments = -(-step.count // max(method.segment or step.count, 1)) if isinstance(method, Travelling) else 1
     each = loop(stepping) + _at_once(machine, one.at_once) / ALONG + machine.all_kept * one.back.entries
     each += _at_once(machine, ahead) if segments > 1 else 0  # what the backward pass needs of it is at hand, unless it comes piece by piece
     whole = machine.start + fresh + segments * machine.launch * (one.at_once.calls + one.at_once.kernels) + step.count * each

@@ -14,6 +14,7 @@ from parscan.jaxprs import Flat, cut_ahead, equations, trace
 
 RANDOM = np.random.default_rng(0)
 weights = lambda *shape: jnp.asarray(RANDOM.standard_normal(shape) / shape[0] ** 0.5)
+XS = weights(7, 3)
 W, U, GATES = weights(32, 32), weights(4, 32), weights(4, 96)
 
 
@@ -158,3 +159,35 @@ def test_no_second_copy_is_computed_for_the_backward_pass():
 def test_what_is_left_to_jax_is_left_as_it_is():
     jaxpr = jax.make_jaxpr(lambda h, xs: parscan.scan(lambda h, x: (rnn(h, x),) * 2, h, xs, method="lax"))(jnp.ones((8, 32)), jnp.ones((50, 8, 4)))
     assert names(loops(jaxpr)[0].params["jaxpr"]).count("dot_general") == 2
+
+
+@pytest.mark.parametrize("length, segment", [(7, None), (7, 3), (6, 3)])
+def test_weak_types_stay(length, segment):
+    f = lambda h, x: (jnp.cos(h) + jnp.tanh(x).sum().astype(float) * 0, h)
+    weak = lambda h, x: (jnp.cos(h) * jnp.where(jnp.sin(x[0]) > 0, 0.5, 0.25), h)
+    for step in (f, weak):
+        got, want = (scan(step, 0.0, XS[:length]) for scan in (lambda *given: parscan.scan(*given, method=parscan.Sequential(segment=segment)), lax.scan))
+        assert [a.weak_type for a in got] == [a.weak_type for a in want]
+        assert_close(got, want, TOLERANCE["float64"])
+
+
+@pytest.mark.parametrize("method", ["auto", "sequential"])
+def test_a_function_that_may_not_be_batched_stays_in_the_loop(method):
+    """Though its derivative, which does not call it, may be."""
+
+    @jax.custom_jvp
+    def on_the_host(x):
+        return jax.pure_callback(np.sin, jax.ShapeDtypeStruct(x.shape, x.dtype), x)
+
+    on_the_host.defjvp(lambda primals, tangents: (jnp.sin(*primals), tangents[0] * jnp.cos(*primals)))
+    step = lambda h, x: (jnp.tanh(0.9 * h + on_the_host(x)),) * 2
+    assert_close(parscan.scan(step, jnp.ones(3), XS, method=method), lax.scan(step, jnp.ones(3), XS), TOLERANCE["float64"])
+    assert "JAX cannot" in parscan.plan(step, jnp.ones(3), XS).reason
+    with pytest.raises(ValueError, match="cannot be used for this function"):
+        parscan.scan(step, jnp.ones(3), XS, method="tree")
+
+
+def test_a_plan_of_no_steps_can_be_printed():
+    step = lambda h, x: (jnp.cos(h) + jnp.tanh(x).sum(), h)
+    for method in ("auto", "sequential", "tree", "chunked", "walk"):
+        assert "0 steps" in str(parscan.plan(step, jnp.ones(3), XS[:0], method=method))

@@ -39,10 +39,11 @@ def _seen(program: Program) -> str | None:
 
 @functools.lru_cache(maxsize=4096)
 def _pull_back_a_batch(program: Program) -> None:
-    """Fails where JAX does, of shapes alone."""
+    """Fails where JAX does, of shapes alone: of the step itself, too, whose functions may have derivatives that do not call them."""
     consts, carry, x = program.avals
-    batched = jax.vmap(functools.partial(_pull_back, program), in_axes=(None, 0, 0), axis_size=1)
-    jax.eval_shape(batched, consts, *([jax.ShapeDtypeStruct((1, *a.shape), a.dtype) for a in part] for part in (carry, x)))
+    for f in (program, functools.partial(_pull_back, program)):
+        batched = jax.vmap(f, in_axes=(None, 0, 0), axis_size=1)
+        jax.eval_shape(batched, consts, *([jax.ShapeDtypeStruct((1, *a.shape), a.dtype) for a in part] for part in (carry, x)))
 
 
 def is_batchable(program: Program) -> bool:
