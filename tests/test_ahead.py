@@ -112,9 +112,10 @@ def test_a_loop_that_is_one_kernel_may_take_parts():
     assert cut_ahead(small, "cpu") is not None
 
 
-@pytest.mark.parametrize("platform", ["cpu", "gpu"])
-@pytest.mark.parametrize("length, segment", [(0, None), (1, None), (2, 1), (7, None), (7, 3), (13, 4), (16, 4)])
-@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize(
+    "length, segment, reverse, platform",
+    [(0, None, False, "cpu"), (1, None, True, "cpu"), (2, 1, False, "gpu"), (7, None, True, "gpu"), (13, 4, False, "cpu"), (16, 4, True, "gpu")],
+)
 @pytest.mark.parametrize("name", STEPS)
 def test_values_and_derivatives_are_those_of_the_loop(name, reverse, length, segment, platform, monkeypatch):
     monkeypatch.setattr("parscan.recurrence.jax.default_backend", lambda: platform)
