@@ -85,9 +85,7 @@ def fitting(
             return replace(method, segment=fits), why
         if method.is_parallel and not modest:  # what was chosen is never refused
             raise ValueError(_too_much(method, size, need(size), beside, device, structures, fits))
-    if not modest or asked is not None:
-        return method, ""
-    if platform == "cpu":
+    if not modest or asked is not None or platform == "cpu":
         return method, ""
     # Half of what the loop keeps: the chain's states and cotangents are held beside.
     enough = max(sum(step.count * of_variables(step) for step in steps) / 2, LITTLE)

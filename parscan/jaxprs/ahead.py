@@ -17,6 +17,7 @@ from jax.extend import core
 
 from parscan.jaxprs.cost import Work, work_of
 from parscan.jaxprs.program import Program, open_jaxpr, part, piece, sub_jaxprs
+from parscan.jaxprs.staging import needed_for, variables
 
 FUSED = 64  # entries that a step of a loop reads up to which XLA makes one kernel of it on a CPU, whatever it does
 MOST = 8  # times the entries of the state and the input of a step that what is computed ahead of it may have
@@ -75,16 +76,18 @@ def cut_ahead(program: Program, platform: str) -> Cut | None:
     taken, made = _worth(own)
     if not taken:
         return None
-    rest = _used([eqn for eqn in body.eqns if not made.union(*(one.outvars for one in alone)).intersection(eqn.outvars)], body.outvars)
-    read = {a for eqn in rest for a in _vars(eqn.invars)} | set(_vars(body.outvars))
-    ahead = [v for eqn in taken for v in eqn.outvars if v in read & made]
+    before = made.union(*(eqn.outvars for eqn in alone))
+    rest = needed_for([eqn for eqn in body.eqns if not before.intersection(eqn.outvars)], body.outvars)
+    by_rest = {a for eqn in rest for a in variables(eqn.invars)}
+    left = by_rest | variables(body.outvars)
+    ahead = [v for eqn in taken for v in eqn.outvars if v in left & made]
     if sum(map(_size, ahead)) > MOST * sum(map(_size, (*state, *inputs))):
         return None
     if platform == "cpu" and sum(map(_size, (*state, *ahead))) > FUSED and _squashes_parts(rest, ahead):
         return None
-    read |= {a for eqn in taken for a in _vars(eqn.invars)}
+    read = left.union(*(variables(eqn.invars) for eqn in taken))
     once = [v for eqn in alone for v in eqn.outvars if v in read]
-    kept = [i for i, v in enumerate(inputs) if any(v in _vars(eqn.invars) for eqn in rest) or v in body.outvars]
+    kept = [i for i, v in enumerate(inputs) if v in left]
     shared = [*given, *once]
     return Cut(
         tuple(closed.consts),
@@ -94,22 +97,9 @@ def cut_ahead(program: Program, platform: str) -> Cut | None:
         tuple(kept),
         tuple(v.aval for v in ahead),
         sum(map(work_of, taken), Work()),
-        sum(_size(v) for v in shared if any(v in _vars(eqn.invars) for eqn in rest)),
+        sum(_size(v) for v in shared if v in by_rest),
         program.num_new,
     )
-
-
-def _vars(atoms: Sequence[Any]) -> list[Any]:
-    return [a for a in atoms if isinstance(a, core.Var)]
-
-
-def _used(eqns: Sequence[Any], outvars: Sequence[Any]) -> list[Any]:
-    needed, kept = set(_vars(outvars)), []
-    for eqn in reversed(eqns):
-        if needed.intersection(eqn.outvars):
-            kept.append(eqn)
-            needed.update(_vars(eqn.invars))
-    return kept[::-1]
 
 
 def _size(var: Any) -> int:
@@ -120,7 +110,7 @@ def _apart(body: Any, state: set[Any], inputs: set[Any]) -> tuple[list[Any], lis
     """The equations that depend on constants alone; and those that depend on inputs, too, but on no state, and may be batched without more work."""
     shared, own = [], []
     for eqn in body.eqns:
-        ins = set(_vars(eqn.invars))
+        ins = variables(eqn.invars)
         if ins & state or (ins & inputs and eqn.primitive.name in _CONTROL) or eqn.effects:
             state.update(eqn.outvars)  # or what must stay with it
         elif ins & inputs:
@@ -136,14 +126,14 @@ def _worth(own: list[Any]) -> tuple[list[Any], set[Any]]:
     dear = {i for i, eqn in enumerate(own) if (found := work_of(eqn)).functions or found.calls or found.kernels}
     made, following = set(), set()
     for i, eqn in enumerate(own):  # what is made of the dear ones
-        if i in dear or made.intersection(_vars(eqn.invars)):
+        if i in dear or made.intersection(variables(eqn.invars)):
             following.add(i)
             made.update(eqn.outvars)
     needed, taken = set(), []
     for i, eqn in reversed(list(enumerate(own))):  # what they are made of; what only moves at the end stays in the loop
         if i in dear or needed.intersection(eqn.outvars) or (i in following and not _is_left(eqn)):
             taken.append(eqn)
-            needed.update(_vars(eqn.invars))
+            needed.update(variables(eqn.invars))
         else:
             made.difference_update(eqn.outvars)
     return taken[::-1], made
@@ -151,14 +141,14 @@ def _worth(own: list[Any]) -> tuple[list[Any], set[Any]]:
 
 def _is_left(eqn: Any) -> bool:
     """Whether an equation of which nothing else taken is made is better left in the loop: it computes nothing, or makes more of less."""
-    return not work_of(eqn).flops or sum(map(_size, eqn.outvars)) > max(map(_size, _vars(eqn.invars)))
+    return not work_of(eqn).flops or sum(map(_size, eqn.outvars)) > max(map(_size, variables(eqn.invars)))
 
 
 def _squashes_parts(eqns: Sequence[Any], ahead: Sequence[Any]) -> bool:
     """Whether a function is taken of parts of these variables, or of what is computed of them."""
     whole, parts = set(ahead), set()
     for eqn in eqns:
-        ins = set(_vars(eqn.invars))
+        ins = variables(eqn.invars)
         if ins & parts and work_of(eqn).functions:
             return True
         if ins & parts or (ins & whole and eqn.primitive.name in _CUTS):
@@ -174,7 +164,7 @@ def _inlined(closed: Any, state: Sequence[int], inputs: Sequence[int]) -> Any:
     moving, own = {body.invars[i] for i in state}, {body.invars[i] for i in inputs}
     mixed = False
     for eqn in body.eqns:
-        ins = set(_vars(eqn.invars))
+        ins = variables(eqn.invars)
         mixed |= eqn.primitive.name in _CALLS and bool(ins & moving) and bool(ins & own)
         (moving if ins & moving else own if ins & own else set()).update(eqn.outvars)
     if not mixed:

@@ -33,8 +33,8 @@ def staged(cross: Callable[[Any, Array], Array], data: Any, vector: jax.ShapeDty
     body, leaves = open_jaxpr(closed), jax.tree.leaves(data)
     stepwise, linear = set(body.invars[:-1]), {body.invars[-1]}
     shared_eqns, step_eqns, linear_eqns = [], [], []
-    for eqn in _used(body):
-        inputs = _variables(eqn.invars)
+    for eqn in needed_for(body.eqns, body.outvars):
+        inputs = variables(eqn.invars)
         if inputs & linear:
             linear_eqns.append(eqn)
             linear.update(eqn.outvars)
@@ -58,15 +58,15 @@ def staged(cross: Callable[[Any, Array], Array], data: Any, vector: jax.ShapeDty
     return list(stacked), lambda step, vector: rest(*constants, *step, vector)[0]
 
 
-def _used(body: Any) -> list[Any]:
-    """The equations that the outputs depend on: what a step emits and nobody reads must not weigh when ways are compared."""
-    needed, kept = _variables(body.outvars), []
-    for eqn in reversed(body.eqns):
+def needed_for(eqns: Sequence[Any], outvars: Sequence[Any]) -> list[Any]:
+    """The equations that these depend on: what a step emits and nobody reads must not weigh when ways are compared."""
+    needed, kept = variables(outvars), []
+    for eqn in reversed(eqns):
         if needed.intersection(eqn.outvars):
             kept.append(eqn)
-            needed |= _variables(eqn.invars)
+            needed |= variables(eqn.invars)
     return kept[::-1]
 
 
-def _variables(atoms: Sequence[Any]) -> set[Any]:
+def variables(atoms: Sequence[Any]) -> set[Any]:
     return {a for a in atoms if isinstance(a, core.Var)}
