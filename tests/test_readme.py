@@ -69,7 +69,7 @@ def test_readme_section(section, tmp_path, monkeypatch, readers_settings):
         exec(compile("\n" * before + code, str(README), "exec"), namespace)
 
 
-PAGES = sorted(README.parent.glob("docs/*.md"))
+PAGES = [page for page in sorted(README.parent.glob("docs/**/*.md")) if sections(page.read_text())]
 
 
 @pytest.fixture
@@ -81,13 +81,12 @@ def no_new_kinds():
     structure._structures.cache_clear()
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(README.parent)))
 def test_page(page, tmp_path, monkeypatch, readers_settings, no_new_kinds):
     monkeypatch.chdir(tmp_path)
-    found = sections(page.read_text())
-    assert found
+    assert not [language for language, _, _ in blocks(page.read_text()) if language.split(" ")[0].lower() in PYTHON_LIKE]
     namespace = {"__name__": "__main__"}
-    for before, code in (one for some in found.values() for one in some):
+    for before, code in (one for some in sections(page.read_text()).values() for one in some):
         exec(compile("\n" * before + code, str(page), "exec"), namespace)
 
 

@@ -6,6 +6,7 @@ import csv
 import functools
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -46,7 +47,8 @@ def test_everything_is_written(measured):
     assert len(lines) == 4 * len(programs) and all(float(line["median_s"]) > 0 < float(line["flops"]) for line in lines)
     assert all((out / f"{name}.png").stat().st_size > 10_000 for name in ("gradient_L", "speed_up_backward_L", "depth", "roofline"))
     page = (out / "scaling.html").read_text()
-    assert page.count("data:image/png;base64,") == len(list(out.glob("*.png"))) == 8 and "http" not in page
+    assert page.count("data:image/png;base64,") == len(list(out.glob("*.png"))) == 8
+    assert "http" not in re.sub(r"base64,[A-Za-z0-9+/=]+", "", page), "the page is to open offline; letters of a picture may spell anything"
     assert "rnn:4:8:512, walk: skipped, forms" in page
     assert "2.00 … 2.00" in said and "2 a doubling" in said
 
