@@ -134,7 +134,7 @@ class Tree(Parallel):
     """Work-efficient prefix tree over explicit Jacobians: matrix products on the way up, only vectors on the way down.
 
     Depth at most `2 ceil(log2 L) + 2`, fewer than `L` matrix products (Blelloch 1990; Wang, Bai, Pekhimenko 2020). On a CPU, where depth costs nothing and a
-    program of many rounds is slow to compile, more than 256 maps whose products are no larger than they are joined 64 at a time: at most `128 ceil(log64 L)`.
+    program of many rounds is slow to compile, more than 64 maps whose products are no larger than they are joined 64 at a time: at most `128 ceil(log64 L)`.
 
     Example:
         >>> parscan.scan(f, init, xs, method=parscan.Tree())[0].shape == init.shape

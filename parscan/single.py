@@ -63,9 +63,9 @@ def _upswept(maps: Affine, reverse: bool, levels: int | None = None) -> Pairs | 
 
 
 def joins_by_loops(maps: Affine) -> bool:
-    """On a CPU, of long chains, unless products take other shapes than their factors. Elsewhere each step of a loop costs as much as starting a kernel, and
-    depth counts; the pairs of a short chain are a short program."""
-    return jax.default_backend() == "cpu" and prefix.length(maps) > 4 * grouped.SIDE and not jacobians.grows(maps.matrix)
+    """On a CPU, of more maps than a group has, unless products take other shapes than their factors. Elsewhere each step of a loop costs as much as starting
+    a kernel, and depth counts."""
+    return jax.default_backend() == "cpu" and prefix.length(maps) > grouped.SIDE and not jacobians.grows(maps.matrix)
 
 
 def _walked(maps: Affine, reverse: bool, offsets: Array, start: Array) -> Array:
