@@ -27,7 +27,7 @@ _CUTS = ("slice", "split", "dynamic_slice", "gather")
 _CONTROL = ("cond", "while", "scan")  # all branches would be taken, all trips made
 
 
-class Cut(NamedTuple):
+class Hoisted(NamedTuple):
     """A step `(consts, carry, x)` in parts.
 
     known: constants of the step's calls. once: (consts, known) -> what depends on them alone. each: (consts, known, once, x) -> what is computed ahead of
@@ -62,7 +62,7 @@ class Cut(NamedTuple):
 
 
 @functools.lru_cache(maxsize=1024)
-def cut_ahead(program: Program, platform: str) -> Cut | None:
+def cut_ahead(program: Program, platform: str) -> Hoisted | None:
     """The step in parts; None if nothing is to be gained on this platform.
 
     On a CPU XLA reads what all steps are given inside of the kernel that computes with it. Where a function is taken of parts of that, cut out in the
@@ -89,7 +89,7 @@ def cut_ahead(program: Program, platform: str) -> Cut | None:
     once = [v for eqn in alone for v in eqn.outvars if v in read]
     kept = [i for i, v in enumerate(inputs) if v in left]
     shared = [*given, *once]
-    return Cut(
+    return Hoisted(
         tuple(closed.consts),
         part(body, given, alone, once),
         part(body, [*shared, *inputs], taken, ahead),
