@@ -39,9 +39,10 @@ class Gradients(Generic[Params, State]):
     """What `parallel_backward` returns: a pytree. Printed, it shows shapes and dtypes, and of long lists the beginning.
 
     Attributes:
-        params: like the parameters: ∂/∂θ_i stacked on the leading axis L, summed over all layers for shared leaves. For a sequence of layers a
-            sequence like `params`; an entry that stands in several places has the sum of their gradients in each.
-        activations: like the activations: the accumulated gradient at h_0 … h_L, leading axis L + 1; for a sequence of layers a list.
+        params: pytree like the parameters, in their shapes and dtypes: ∂/∂θ_i stacked on the leading axis L, summed over all layers for shared leaves.
+            For a sequence of layers a sequence; an entry that stands in several places has the sum of their gradients in each.
+        activations: pytree like the activations, in their shapes and dtypes: the accumulated gradient at h_0 … h_L, each leaf (L + 1, …); for a
+            sequence of layers a list.
         plan: what was chosen, and why. It rides along, but does not tell two pytrees apart.
         stacked: whether `activations` are stacked rather than a list.
 
@@ -147,15 +148,18 @@ def parallel_backward(
 ) -> Gradients:
     """The gradient of every layer of a chain h_i = layer_i(θ_i, h_{i-1}), from stored activations, in logarithmic depth.
 
+    With J_i the Jacobian of layer i at the stored h_{i-1}, and c_i what the loss reads at h_i::
+
         g_L = c_L,   g_{i-1} = J_iᵀ g_i + c_{i-1},   ∂/∂θ_i = (∂ layer_i / ∂θ_i)ᵀ g_i
 
     Args:
         layer: (params_i, h) -> h, one for all layers, or a sequence of L of them, which may change the state's shapes and structure.
-        params: pytree, leaves stacked on a leading axis L or shared. For a sequence of layers a sequence of L pytrees (None for a layer
-            without parameters); the same object in several places is shared by these layers (under `jax.jit`
+        params: pytree of arrays, any dtypes, leaves stacked on a leading axis L or shared. For a sequence of layers a sequence of L pytrees (None
+            for a layer without parameters); the same object in several places is shared by these layers (under `jax.jit`
             that must be so inside: the arguments it is given are objects of their own).
-        activations: h_0 … h_L, as `forward` returns them: the state's pytree, each leaf (L + 1, …); for a sequence of layers a list.
-        cotangent: like h_L: the loss's derivative there. None for zero. Leaves that are not floating-point are ignored.
+        activations: h_0 … h_L, as `forward` returns them: the state's pytree, each leaf (L + 1, …), of any dtype but complex; for a sequence of
+            layers a list.
+        cotangent: pytree like h_L: the loss's derivative there. None for zero. Leaves that are not floating-point are ignored.
         layer_cotangents: like `activations`: derivatives of losses read at inner layers; `cotangent` is added to the last. For a sequence
             of layers a list of L + 1 entries, None for absent ones, or a dict from the index of an activation to its cotangent.
         params_axes: prefix of `params`: 0 for stacked, None for shared by all layers. Not for a sequence of layers.
@@ -165,13 +169,13 @@ def parallel_backward(
         debug: as for `scan`.
 
     Returns:
-        `Gradients` with `params`, `activations`, `input` and `plan`. A layer that cannot be differentiated in parallel (a custom VJP, a
-        collective, an effect) is differentiated sequentially; `plan.reason` says why.
+        `Gradients`, a pytree with `params`, `activations`, `input` and `plan`, in the dtypes of what was given. A layer that cannot be
+            differentiated in parallel (a custom VJP, a collective, an effect) is differentiated sequentially; `plan.reason` says why.
 
     Raises:
         ValueError: parameters not stacked alike or not as many as layers, activations of the wrong count or that do not fit their layer,
             cotangents that do not match or are for no layer, unknown method or structure, an explicit parallel method for a layer that has none.
-            TypeError: a repeated layer that changes the state's type, a layer that is not callable, complex activations.
+        TypeError: a repeated layer that changes the state's type, a layer that is not callable, complex activations.
 
     Source: S. Wang, Y. Bai, G. Pekhimenko, BPPSA: Scaling back-propagation by parallel scan algorithm (MLSys 2020).
 

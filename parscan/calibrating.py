@@ -54,7 +54,13 @@ class Measured(NamedTuple):
 
     Attributes:
         machine: what one of each takes, in nanoseconds.
-        told, seconds: of every measurement, the time that this machine tells and the one that was measured.
+        told: floating-point array (k,), of each of k measurements the seconds that this machine tells.
+        seconds: floating-point array (k,), those that were measured.
+
+    Example:
+        >>> measured = parscan.calibrate(progress=False, save=False, budget=0.1)
+        >>> measured.told.shape == measured.seconds.shape
+        True
     """
 
     machine: Machine
@@ -80,7 +86,8 @@ def calibrate(*, progress: bool = True, save: bool = True, budget: float = BUDGE
     Raises:
         ImportError: `platformdirs` is not there to say where to keep it (`save=True`), or `tqdm` to show a bar (`progress=True`):
             `pip install 'parscan[calibrate]'`.
-        OSError: the file cannot be written. ValueError: `budget` is not positive.
+        OSError: the file cannot be written.
+        ValueError: `budget` is not positive.
 
     Example:
         >>> parscan.calibrate(progress=False, save=False, budget=0.1).machine.start > 0
@@ -106,11 +113,12 @@ def calibrate(*, progress: bool = True, save: bool = True, budget: float = BUDGE
 
 
 def calibration() -> Machine | None:
-    """What `calibrate` has measured on JAX's default device with these versions of JAX and parscan; None if it has not, or, with a warning, if its file
-    cannot be read. Plans of this process use what was there when the first of them was made, or was measured since.
+    """What `calibrate` has measured on JAX's default device with these versions of JAX and parscan.
+
+    Plans of this process use what was there when the first of them was made, or was measured since.
 
     Returns:
-        the machine, its times in nanoseconds.
+        the machine, its times in nanoseconds; None if there is no measurement, or, with a warning, if its file cannot be read.
 
     Example:
         >>> found = parscan.calibration()

@@ -68,19 +68,19 @@ def forward(
     Args:
         layer: (params_i, h) -> h, one for all layers: the state keeps its structure, shapes and dtypes. Or a sequence of L such callables,
             each of which may return another state than it is given.
-        params: for one layer, a pytree whose leaves are stacked on a leading axis L or shared. For a sequence, a sequence of L pytrees, None
-            for a layer without parameters.
-        x: h_0, pytree of arrays.
+        params: for one layer, a pytree of arrays, any dtypes, whose leaves are stacked on a leading axis L or shared. For a sequence, a sequence of
+            L pytrees, None for a layer without parameters.
+        x: h_0, pytree of arrays, any shapes and dtypes; a complex one leaves the chain to the sequential pass.
         params_axes: prefix of `params`: 0 for stacked, None for shared by all layers. Not for a sequence.
         length: L, needed if all parameters are shared. Not for a sequence.
         method, structure, debug: as for `scan`.
 
     Returns:
-        h_L, and the activations h_0 … h_L: stacked on a leading axis L + 1, or for a sequence of layers as a list.
+        h_L, a pytree, and the activations h_0 … h_L in the same dtypes, each leaf (L + 1, …), or for a sequence of layers as a list.
 
     Raises:
-        ValueError: parameters that are not stacked alike, or not as many as layers; unknown method or structure. TypeError: a layer that
-            is not callable, or changes the state's type where all layers are one.
+        ValueError: parameters that are not stacked alike, or not as many as layers; unknown method or structure.
+        TypeError: a layer that is not callable, or changes the state's type where all layers are one.
 
     Example:
         >>> y, activations = parscan.forward(lambda w, h: jnp.tanh(w * h), jnp.ones((10, 3)), jnp.ones(3))
@@ -155,10 +155,11 @@ def chain(
         return_activations: give `(h_L, h_0 … h_L)` instead of h_L.
 
     Returns:
-        apply(params, x): x is h_0, the result h_L, or with `return_activations` what `forward` returns.
+        (params, x) -> h_L, where x is h_0; with `return_activations` (params, x) -> (h_L, h_0 … h_L). Pytrees in shapes and dtypes as for `forward`.
 
     Raises:
-        ValueError: unknown method or structure. TypeError: a layer that is not callable. Both at once; the rest when applied, as `forward` does.
+        ValueError: unknown method or structure.
+        TypeError: a layer that is not callable. Both at once; the rest when applied, as `forward` does.
 
     Example:
         >>> apply = parscan.chain(lambda w, h: h + jnp.tanh(h @ w))

@@ -25,6 +25,9 @@ class Blocks:
             index along it (a batch axis). Negative counts from the end.
         size: the state, raveled leaf after leaf, falls into consecutive blocks of this size.
 
+    Raises:
+        ValueError: not exactly one of the two is given, `axis` is no integer, `size` none of at least 1.
+
     Example:
         >>> parscan.Blocks(axis=0)
         Blocks(axis=0)
@@ -52,6 +55,9 @@ class Band:
     Args:
         bandwidth: how far, along the state raveled leaf after leaf: entry i of the new state depends on entries i - bandwidth … i + bandwidth at most.
         axis: an axis along which nothing mixes (a batch axis), as in `Blocks`: the band is then that of the rest, for each index along it.
+
+    Raises:
+        ValueError: `bandwidth` is no integer of at least 0, `axis` is none.
 
     Example:
         >>> parscan.Band(2, axis=0)

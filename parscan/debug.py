@@ -22,7 +22,15 @@ AT_ONCE = 32  # steps whose Jacobians are held at a time
 
 
 class StructureError(ValueError):
-    """A coordinate depends on another that a structure denies."""
+    """A coordinate depends on another that a structure denies.
+
+    Example:
+        >>> try:
+        ...     parscan.testing.check_structure(lambda w, h: h @ w, jnp.ones((2, 2)), jnp.ones(2), structure="diagonal")
+        ... except parscan.testing.StructureError as error:
+        ...     print(str(error)[:40])
+        `h[0]` of the new state depends on `h[1]
+    """
 
     __module__ = "parscan.testing"  # where users find it
 

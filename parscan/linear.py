@@ -27,18 +27,20 @@ def linear_scan(A: Jacobian, b: Array, h0: Array, *, reverse: bool = False, meth
     """h_i = A_i h_{i-1} + b_i, all i in parallel; differentiable in A, b and h0, in parallel again.
 
     Args:
-        A: `Dense` of (L, n, n), `Diagonal` of (L, n) or `BlockDiagonal` of (L, b, m, m) with b·m = n; without the leading L, one
-            map shared by all steps.
+        A: real floating-point `Dense` of (L, n, n), `Diagonal` of (L, n) or `BlockDiagonal` of (L, b, m, m) with b·m = n; without the leading L,
+            one map shared by all steps.
         b: real floating-point (L, n).
         h0: real floating-point (n,), the value before the first step (after the last one if `reverse`).
         reverse: h_i = A_i h_{i+1} + b_i instead.
         method: `"auto"` (a walk on a CPU, a tree elsewhere), or as for `scan`.
 
     Returns:
-        (L, n), of the dtype A, b and h0 promote to, half precision being computed in float32: h_1 … h_L (h_0 … h_{L-1} in reverse, where h_L is the start).
+        h_1 … h_L (h_0 … h_{L-1} in reverse, where h_L is the start), (L, n) in the dtype that A, b and h0 promote to, half precision being
+            computed in float32.
 
     Raises:
-        TypeError: A is no Jacobian kind; complex or integer arrays. ValueError: shapes that do not fit; an unknown method.
+        TypeError: A is no Jacobian kind; complex or integer arrays.
+        ValueError: shapes that do not fit; an unknown method.
 
     Example:
         >>> parscan.linear_scan(parscan.Diagonal(jnp.full((4, 1), 0.5)), jnp.ones((4, 1)), jnp.zeros(1)).ravel()

@@ -36,6 +36,11 @@ class Machine:
         fresh: a byte of memory that the system hands out anew at every call, a page at a time; on a CPU alone.
         level: an operation on explicit Jacobians that waits for another: a step of a walk, a level of a tree.
         entry: a multiply-add of explicit Jacobians.
+
+    Example:
+        >>> from parscan import machines
+        >>> machines.default("cpu").kernel > 0
+        True
     """
 
     start: float

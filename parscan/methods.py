@@ -32,7 +32,12 @@ def _check(method: Any, name: str, least: int, none: str) -> None:
 
 @dataclass(frozen=True)
 class Method:
-    """An algorithm for the backward pass; see the subclasses."""
+    """An algorithm for the backward pass; see the subclasses.
+
+    Example:
+        >>> isinstance(parscan.Tree(), parscan.Method), parscan.Tree().is_parallel, parscan.Lax().is_parallel
+        (True, True, False)
+    """
 
     @property
     def is_parallel(self) -> bool:
@@ -55,7 +60,7 @@ class Travelling(Method):
         _check(self, "segment", 1, "to have it chosen")
 
     def cuts(self, counts: Iterable[int]) -> bool:
-        """Whether runs of so many steps are crossed run by run, segment by segment; else all at once."""
+        """Whether runs of so many steps, their `counts`, are crossed run by run, segment by segment; else all at once."""
         return self.segment is not None and any(count > self.segment for count in counts)
 
     def __repr__(self) -> str:
@@ -96,6 +101,12 @@ class Lax(Method):
 class Sequential(Travelling):
     """A loop for the cotangents of the state alone, then one batched pull-back to the parameters: the oracle.
 
+    Args:
+        segment: steps that are linearised, crossed and pulled back at once, which bounds memory; None to have it chosen.
+
+    Raises:
+        ValueError: `segment` is no integer of at least 1.
+
     Example:
         >>> parscan.parallel_backward(layer, params, activations, c, method="sequential").input.shape == c.shape
         True
@@ -109,7 +120,12 @@ class Walk(Parallel):
     Depth `L`, but an order of magnitude cheaper a step than a loop of VJPs.
 
     Args:
-        segment: `None` lets the planner choose what stays in cache, `L` or more is one segment.
+        segment: steps whose Jacobians are formed at once; None lets the planner choose what stays in cache, L or more is one segment.
+        guard: check the result on the device, and take the sequential pass's where it is unsound.
+
+    Raises:
+        ValueError: `segment` is no integer of at least 1.
+        TypeError: `guard` is no bool.
 
     Example:
         >>> parscan.Walk(segment=64)
@@ -123,6 +139,14 @@ class Walk(Parallel):
 class Associative(Parallel):
     """`jax.lax.associative_scan` over explicit Jacobians: every prefix product, twice the matrix products of `Tree`.
 
+    Args:
+        segment: steps that are linearised, crossed and pulled back at once, which bounds memory; None to have it chosen.
+        guard: check the result on the device, and take the sequential pass's where it is unsound.
+
+    Raises:
+        ValueError: `segment` is no integer of at least 1.
+        TypeError: `guard` is no bool.
+
     Example:
         >>> parscan.Associative()
         Associative()
@@ -135,6 +159,14 @@ class Tree(Parallel):
 
     Depth at most `2 ceil(log2 L) + 2`, fewer than `L` matrix products (Blelloch 1990; Wang, Bai, Pekhimenko 2020). On a CPU, where depth costs nothing and a
     program of many rounds is slow to compile, more than 64 maps whose products are no larger than they are joined 64 at a time: at most `128 ceil(log64 L)`.
+
+    Args:
+        segment: steps that are linearised, crossed and pulled back at once, which bounds memory; None to have it chosen.
+        guard: check the result on the device, and take the sequential pass's where it is unsound.
+
+    Raises:
+        ValueError: `segment` is no integer of at least 1.
+        TypeError: `guard` is no bool.
 
     Example:
         >>> parscan.scan(f, init, xs, method=parscan.Tree())[0].shape == init.shape
@@ -151,6 +183,12 @@ class Chunked(Parallel):
     Args:
         size: steps a chunk; `None` lets the planner choose from the block size.
         levels: tree levels before the remaining maps are walked one by one; `None` for all.
+        segment: steps that are linearised, crossed and pulled back at once, which bounds memory; None to have it chosen.
+        guard: check the result on the device, and take the sequential pass's where it is unsound.
+
+    Raises:
+        ValueError: `size` or `segment` is no integer of at least 1, `levels` none of at least 0.
+        TypeError: `guard` is no bool.
 
     Example:
         >>> parscan.Chunked(size=16)

@@ -31,13 +31,16 @@ def plan(
     """What `scan` would do with these arguments, or `parallel_backward` with a sequence of layers, why, and at what cost, without running anything.
 
     Args:
-        f, init, xs, length, reverse, method, structure: as for `scan`; arrays may be `jax.ShapeDtypeStruct`s. Or, for a sequence of layers, the
-            layers, their parameters, and the list of activations h_0 … h_L, of which only h_0 is needed.
+        f: as for `scan`, or a sequence of L layers.
+        init: as for `scan`, or a sequence of the layers' parameters; arrays may be `jax.ShapeDtypeStruct` here and below.
+        xs: as for `scan`, or the list of activations h_0 … h_L, of which only h_0 is needed.
+        length, reverse: as for `scan`; not for a sequence of layers.
+        method, structure: as for `scan`.
 
     Returns:
-        the kind of the Jacobians, their blocks and which equation makes them so, the method with its sizes and the reason; depth, arithmetic and memory
-        beside those of the sequential pass; what a gradient is told to take by every method; for layers the runs and stretches, too. `print` shows it
-        as a table, `spy()` draws the Jacobian.
+        a `Plan`, with the kind of the Jacobians, their blocks and which equation makes them so, the method with its sizes and the reason; depth,
+        arithmetic and memory beside those of the sequential pass; what a gradient is told to take by every method; for layers the runs and
+        stretches, too. `print` shows it as a table, `spy()` draws the Jacobian.
 
     Raises:
         ValueError: whatever `scan`, or `parallel_backward`, raises for these arguments.

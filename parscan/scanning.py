@@ -199,7 +199,7 @@ def scan(
         f: (carry, x) -> (carry, y), as for `lax.scan`; traced once, twice if the carry is weakly typed; once more outside of `jax.jit` if
             there is something in it that cannot be parallel.
         init: pytree of arrays, any shapes and dtypes; only its floating-point leaves are differentiated.
-        xs: pytree of arrays with a common leading axis L, or None.
+        xs: pytree of arrays, any dtypes, with a common leading axis L; or None.
         length: L, needed if xs is None.
         reverse: from the last x to the first.
         unroll: passed on to the forward loop.
@@ -210,12 +210,13 @@ def scan(
         debug: check at run time, wherever a derivative is taken in parallel, that the Jacobians formed are the derivatives of the steps; slow.
 
     Returns:
-        the final carry, and the ys stacked on a leading axis L.
+        the final carry, a pytree like `init`, and the ys, a pytree of f's shapes and dtypes stacked on a leading axis L.
 
     Raises:
-        ValueError: unknown method or structure; a claim that does not fit; a parallel method for an f that has none (the
-            equation is named). `parscan.testing.StructureError`, with `debug`: a structure that is wrong; out of a compiled program
-            JAX raises its own error with that message. Everything that `lax.scan` raises, in its words.
+        ValueError: unknown method or structure; a claim that does not fit; a parallel method for an f that has none (the equation is named).
+        TypeError: a method or structure that is neither a name nor such a value.
+        parscan.testing.StructureError: with `debug`, a structure that is wrong; out of a compiled program JAX raises its own error with that message.
+        Exception: everything that `lax.scan` raises, in its words.
 
     Example:
         >>> def rnn(h, x):

@@ -39,16 +39,16 @@ def check_structure(f: Any, params: Any, h: Any, *, structure: Any, vary_params:
     Args:
         f: a layer (params_i, h) -> h; or a sequence of layers, each of which is checked at the state that it is given. A step of a scan is
             `lambda x, h: step(h, x)[0]`, with an x in the place of the parameters.
-        params: of one layer, not stacked; a sequence of them for a sequence of layers.
-        h: the state, arrays.
+        params: pytree of arrays, any dtypes, of one layer, not stacked; a sequence of them for a sequence of layers.
+        h: the state, pytree of arrays, any shapes and dtypes but complex.
         structure: the claim: `"diagonal"`, `Blocks(...)`, `Band(...)`; `"dense"` is always right.
         vary_params: whether to look at random parameters near the given ones, too. A weight that starts at zero hides what it will mix. Turn it off if
             `params` hold constants, such as a mask, on which the claim rests. Arrays that f closes over keep their values.
         seed: of the random states, parameters and cotangents.
 
     Raises:
-        StructureError: the claim is wrong; the report names coordinates of the new state and those of the old one on which they depend. ValueError: the
-            claim does not fit the state, or claims nothing; no derivative is finite.
+        StructureError: the claim is wrong; the report names coordinates of the new state and those of the old one on which they depend.
+        ValueError: the claim does not fit the state, or claims nothing; no derivative is finite.
 
     Example:
         >>> rnn = lambda w, h: jnp.tanh(h @ w)

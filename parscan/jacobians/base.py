@@ -23,6 +23,12 @@ class Jacobian:
     A leading axis of length 1 stands for any length: what is the same for all steps, or for all blocks, is kept and multiplied once.
     A kind is one subclass in one file: a frozen dataclass registered by `kind`, with the operations below and a way to be recognised.
     Products are taken at the highest precision the device has, since a long chain compounds what each product loses.
+
+    Example:
+        >>> one = parscan.Diagonal(jnp.array([2.0, 3.0]))
+        >>> one.apply(jnp.ones(2)), one.after(one).to_dense()
+        (Array([2., 3.], dtype=float32), Array([[4., 0.],
+               [0., 9.]], dtype=float32))
     """
 
     shifts_freely: ClassVar[bool] = True  # whether `shifted` takes any rows, or only the exponents of another of its kind
@@ -66,11 +72,11 @@ class Jacobian:
         raise NotImplementedError
 
     def shifted(self, rows: Array) -> tuple[Any, Array]:
-        """2^rows · J, balanced anew, for a J that is balanced; rows int32 (..., p), exponents int32 (..., n)."""
+        """2^rows · J, balanced anew, for a J that is balanced: `rows` int32 (..., p), exponents int32 (..., n)."""
         raise NotImplementedError
 
     def shifted_before(self, second: Any, rows: Array) -> tuple[Any, Array]:
-        """`shifted` by the exponents of `second`, which is applied after it: where both are the same for all blocks, so are these."""
+        """`shifted` by `rows` int32 (..., p), the exponents of `second`, which is applied after it: where both are the same for all blocks, so are these."""
         return self.shifted(rows)
 
     def to_dense(self) -> Array:
@@ -94,7 +100,7 @@ class Jacobian:
 
     @classmethod
     def of(cls, other: Any) -> Any:
-        """A map of a kind that the table of products lets this one stand for, written as this kind."""
+        """`other`, a map of a kind that the table of products lets this one stand for, written as this kind."""
         raise NotImplementedError
 
     @classmethod
@@ -104,18 +110,33 @@ class Jacobian:
 
     @classmethod
     def from_images(cls, images: Array, form: Form) -> Any:
-        """From the images of the seeds: images (..., pushes, p), images[..., k, :] = J s_k."""
+        """From the images of the seeds of `form`: images (..., pushes, p), images[..., k, :] = J s_k."""
         raise NotImplementedError
 
     @classmethod
     def abstract(cls, form: Form, dtype: Any) -> Any:
-        """What is formed, with shapes in the place of arrays."""
+        """What is formed by `form` in this `dtype`, with shapes in the place of arrays."""
         return jax.eval_shape(lambda images: cls.from_images(images, form), jax.ShapeDtypeStruct((max(form.pushes, 1), form.shape[0]), dtype))
 
 
 @dataclass_transform(frozen_default=True)
 def kind(*, static: tuple[str, ...] = ()):
-    """Class decorator: a frozen dataclass whose fields are arrays (or Jacobians), but for `static` ones, as a pytree."""
+    """Class decorator: a frozen dataclass whose fields are arrays (or Jacobians), but for `static` ones, as a pytree.
+
+    Args:
+        static: names of the fields that are no arrays, and hashable.
+
+    Returns:
+        the decorator, class -> class.
+
+    Example:
+        >>> @parscan.jacobians.kind(static=("n",))
+        ... class Scaled(parscan.jacobians.Jacobian):
+        ...     factor: jax.Array
+        ...     n: int
+        >>> jax.tree.leaves(Scaled(2.0, n=3))
+        [2.0]
+    """
 
     def register(cls):
         cls = dataclass(frozen=True)(cls)
@@ -138,7 +159,15 @@ class _ByValue:
 
 
 class Index(_ByValue):
-    """A constant array of integers that compares by value."""
+    """A constant array of integers that compares by value, and may be static.
+
+    Args:
+        values: integers of any shape, such as (n,); held as int32.
+
+    Example:
+        >>> parscan.jacobians.Index([2, 0, 1]) == parscan.jacobians.Index([2, 0, 1])
+        True
+    """
 
     def __init__(self, values: Any):
         self.values = np.ascontiguousarray(values, np.int32)
@@ -149,7 +178,17 @@ class Index(_ByValue):
 
 
 class Pattern(_ByValue):
-    """Where a matrix may be non-zero: `rows[k]`, `columns[k]`, sorted by row and then by column, of a (p, n) matrix. Compares by value."""
+    """Where a matrix may be non-zero: `rows[k]`, `columns[k]`, sorted by row and then by column, each pair once. Compares by value.
+
+    Args:
+        shape: (p, n) of the matrix.
+        rows: integers (count,), 0 … p - 1.
+        columns: integers (count,), 0 … n - 1.
+
+    Example:
+        >>> parscan.Pattern((2, 3), [0, 1, 1], [0, 1, 2]).bandwidths
+        (0, 1)
+    """
 
     def __init__(self, shape: tuple[int, int], rows: np.ndarray, columns: np.ndarray):
         self.shape = shape
@@ -159,7 +198,7 @@ class Pattern(_ByValue):
 
     @classmethod
     def of(cls, matrix: Any) -> Pattern:
-        """The non-zeros of a matrix, NumPy's or SciPy's."""
+        """The non-zeros of a `matrix` (p, n), NumPy's or SciPy's."""
         rows, columns = matrix.nonzero()
         return cls(tuple(matrix.shape), rows, columns)
 
@@ -179,13 +218,15 @@ class Pattern(_ByValue):
 
     @property
     def is_diagonal(self) -> bool:
+        """Whether it is square, with no entry beside the main diagonal."""
         return self.shape[0] == self.shape[1] and self.bandwidths == (0, 0)
 
     def transpose(self) -> Pattern:
+        """Of the transposed matrix."""
         return Pattern((self.shape[1], self.shape[0]), self.columns, self.rows)
 
     def after(self, first: Pattern) -> Pattern:
-        """Of a product."""
+        """Of the product self · first."""
         return Pattern.of(self.sparse() @ first.sparse())
 
     def sparse(self) -> Any:
@@ -211,9 +252,18 @@ class Pattern(_ByValue):
 class Evidence:
     """What is proved of the blocks that a step's Jacobian falls into, all of them together.
 
-    shape: (p, n) of a block. pattern: where an entry may be non-zero in any of them; None if that is not known. moves: every entry that
-    may be non-zero is 1. rank: the size of a bottleneck that everything but an elementwise part passes through; None if none is known.
-    factors: the shapes of two matrices that act on a matrix state from the left and from the right; scaled: and an elementwise scale does on one side.
+    Attributes:
+        shape: (p, n) of a block.
+        pattern: where an entry of a (p, n) block may be non-zero in any of them, as integers; None if that is not known.
+        moves: every entry that may be non-zero is 1.
+        rank: the size of a bottleneck that everything but an elementwise part passes through; None if none is known.
+        factors: the shapes of two matrices that act on a matrix state from the left and from the right.
+        scaled: and an elementwise scale does on one side.
+
+    Example:
+        >>> from parscan.jacobians import Evidence
+        >>> parscan.Diagonal.recognised(Evidence((2, 2), parscan.Pattern((2, 2), [0, 1], [0, 1]))).kind.__name__
+        'Diagonal'
     """
 
     shape: tuple[int, int]
@@ -224,6 +274,7 @@ class Evidence:
     scaled: bool = False
 
     def transpose(self) -> Evidence:
+        """Of the transposed blocks."""
         factors = None if self.factors is None else (self.factors[0][::-1], self.factors[1][::-1])
         return replace(self, shape=self.shape[::-1], pattern=None if self.pattern is None else self.pattern.transpose(), factors=factors)
 
@@ -232,8 +283,20 @@ class Evidence:
 class Form:
     """How the Jacobians of one kind are formed: by pushing seeds, sums of basis vectors, through the step.
 
-    colours: for every column the seed that it is in; entries of the columns of one seed are told apart by their rows. None if nothing is pushed.
-    static: whatever else the kind needs to know.
+    Attributes:
+        kind: the class.
+        shape: (p, n) of the Jacobian.
+        colours: integers (n,), for every column the seed that it is in; entries of the columns of one seed are told apart by their rows. None if
+            nothing is pushed.
+        static: whatever else the kind needs to know, a hashable value; None if nothing. As for `colours`, no array.
+
+    Source: A. R. Curtis, M. J. D. Powell, J. K. Reid, On the estimation of sparse Jacobian matrices (IMA J. Appl. Math. 13, 1974), for colours.
+
+    Example:
+        >>> from parscan.jacobians import Form, Index
+        >>> Form(parscan.Dense, (2, 2), Index([0, 1])).seeds().astype(int)
+        array([[1, 0],
+               [0, 1]])
     """
 
     kind: type[Jacobian]
@@ -251,7 +314,7 @@ class Form:
         return np.zeros((0, self.shape[1])) if self.colours is None else np.arange(self.pushes)[:, None] == self.colours.values
 
     def abstract(self, dtype: Any = jnp.float32) -> Any:
-        """The Jacobian that comes out, with shapes in the place of arrays."""
+        """The Jacobian that comes out in this `dtype`, with shapes in the place of arrays."""
         return self.kind.abstract(self, dtype)
 
 
@@ -265,9 +328,20 @@ def dot(matrix: Array, vector: Array) -> Array:
 
 
 def balanced_columns(matrix: Array, rows: Array | None) -> tuple[Array, Array]:
-    """2^rows · matrix as (mantissa, e), with mantissa · 2^e and every column's largest entry in [1/2, 1).
+    """2^rows · matrix as mantissa · 2^e, every column of the mantissa having its largest entry in [1/2, 1).
 
-    matrix (..., p, n), rows int32 (..., p) or None, e int32 (..., n). Exact, but for entries 2^126 below their column's largest.
+    Exact, but for entries 2^126 below their column's largest.
+
+    Args:
+        matrix: floating-point array of shape (..., p, n).
+        rows: int32 (..., p), or None for zeros.
+
+    Returns:
+        the mantissa, (..., p, n) in the dtype of `matrix`, and e, int32 (..., n).
+
+    Example:
+        >>> parscan.jacobians.balanced_columns(jnp.array([[8.0, 0.25]]), None)
+        (Array([[0.5, 0.5]], dtype=float32), Array([ 4, -1], dtype=int32))
     """
     return entries_balanced(matrix, None if rows is None else rows[..., :, None])
 

@@ -52,7 +52,7 @@ class BlockDiagonal(Jacobian):
         return (1,) * (len(self.along) - len(lead)) + lead
 
     def like(self, inner: Any) -> BlockDiagonal:
-        """As many blocks, of another kind or with other numbers."""
+        """As many blocks, of another kind or with other numbers: those of `inner`."""
         plain = isinstance(inner, Dense) and self.counts is None
         return BlockDiagonal(inner.matrix if plain else inner, None if plain else self.along)
 
@@ -65,7 +65,7 @@ class BlockDiagonal(Jacobian):
         return math.prod(self.along) * self.inner.rows
 
     def split(self, vector: Array) -> Array:
-        """(..., n) as (..., *counts, m)."""
+        """A vector (..., n) as (..., b, m), with one axis for each of `along`."""
         return vector.reshape(*vector.shape[:-1], *self.along, vector.shape[-1] // math.prod(self.along))
 
     def _joined(self, vector: Array, width: int) -> Array:

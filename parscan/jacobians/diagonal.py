@@ -14,7 +14,7 @@ from parscan.jacobians.base import Evidence, Form, Index, Jacobian, kind
 
 @kind()
 class Diagonal(Jacobian):
-    """An elementwise map.
+    """An elementwise map: each coordinate is scaled by itself.
 
     Args:
         diagonal: floating-point array of shape (..., n).

@@ -24,8 +24,8 @@ class Kronecker(Jacobian):
     Args:
         left: A, floating-point array of shape (..., p₁, q₁).
         right: B, floating-point array of shape (..., p₂, q₂); it acts on vectors of length n = q₁ q₂, which are H row by row.
-        row_scale: R, raveled, of shape (..., p₁ p₂), or None for ones.
-        column_scale: C, raveled, of shape (..., n), or None for ones.
+        row_scale: R, raveled, floating-point of shape (..., p₁ p₂), or None for ones.
+        column_scale: C, raveled, floating-point of shape (..., n), or None for ones.
 
     Example:
         >>> parscan.Kronecker(jnp.ones((100, 3, 3)), jnp.ones((100, 4, 4))).size

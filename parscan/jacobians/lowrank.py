@@ -27,8 +27,8 @@ class LowRank(Jacobian):
 
     Args:
         diagonal: d, floating-point array of shape (..., n), or None for zero; then the map need not be square.
-        left: U.
-        right: V.
+        left: U, floating-point array of shape (..., p, r).
+        right: V, floating-point array of shape (..., r, n).
 
     Example:
         >>> parscan.LowRank(jnp.ones((100, 8)), jnp.ones((100, 8, 2)), jnp.ones((100, 2, 8))).size
@@ -136,7 +136,10 @@ class LowRank(Jacobian):
 
     @classmethod
     def from_factors(cls, diagonal: Array | None, left: Array, right: Array) -> LowRank:
-        """From what is pushed and pulled through the bottleneck: left (..., r, p) the images of its basis, right (..., r, n) the gradients of its values."""
+        """From `diagonal` (..., n) and what is pushed and pulled through the bottleneck.
+
+        That is, left (..., r, p) are the images of its basis, right (..., r, n) the gradients of its values.
+        """
         return cls(diagonal, left.swapaxes(-1, -2), right)
 
     @classmethod

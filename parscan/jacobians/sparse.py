@@ -32,7 +32,7 @@ class Sparse(Jacobian):
 
     Args:
         values: floating-point array of shape (..., pattern.count), in the pattern's order.
-        pattern: where they are, in a (p, n) matrix.
+        pattern: the integers that say where they are, in a (p, n) matrix.
 
     Example:
         >>> parscan.Sparse(jnp.ones((100, 3)), parscan.Pattern((2, 4), [0, 0, 1], [1, 3, 2])).apply(jnp.ones((100, 4))).shape
