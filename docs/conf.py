@@ -31,6 +31,7 @@ exclude_patterns = [".*", "out", "dist", "build", "docs/results", "docs/_*"]
 
 # Markdown and notebooks, which are shown as they are stored.
 nb_execution_mode = "off"
+nb_render_markdown_format = "myst"  # tables and formulas in outputs, too
 myst_enable_extensions = ["dollarmath"]
 myst_dmath_double_inline = True
 myst_heading_anchors = 4
@@ -90,8 +91,15 @@ def _folders_are_text(app: Sphinx, doctree: nodes.document) -> None:
             link.replace_self(link.children)
 
 
+def _no_way_back(app: Sphinx, pagename: str, templatename: str, context: dict, doctree: nodes.document | None) -> None:
+    """Listings of source lead back to the wrong anchor where a module's names are described under those of two packages: they need not lead back."""
+    if pagename.startswith("_modules/"):
+        context["body"] = re.sub(r'<a class="viewcode-back".*?</a>', "", context["body"])
+
+
 def setup(app: Sphinx) -> ExtensionMetadata:
     app.add_html_math_renderer("mathml", (_math, None), (_math, None))
     app.connect("source-read", _pages_there_are)
     app.connect("doctree-read", _folders_are_text)
+    app.connect("html-page-context", _no_way_back)
     return {"parallel_read_safe": True, "parallel_write_safe": True}

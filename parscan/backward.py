@@ -60,7 +60,7 @@ class Gradients(Generic[Params, State]):
 
     @property
     def input(self) -> State:
-        """∂/∂x: the accumulated gradient at h_0."""
+        """The gradient of the input, accumulated at h_0."""
         if not self.stacked:
             some: Any = self.activations
             return some[0]

@@ -89,18 +89,26 @@ class Plan:
 
     @property
     def depth(self) -> int:
-        """Operations that must follow one another: vectors pushed through steps, products, products with a vector; stacked ones count as one."""
+        """Operations that must follow one another.
+
+        They are vectors pushed through steps, products, products with a vector; stacked ones count as one.
+        """
         return self._costs[0]
 
     @property
     def flops(self) -> dict[str, int]:
-        """Floating-point operations of the cotangents of all states: of `"forming"` Jacobians, of their products (`"up-sweep"`), of the vectors
-        (`"down-sweep"`), their `"total"`, and those of a `"sequential"` pass."""
+        """Floating-point operations of the cotangents of all states, stage by stage.
+
+        The stages are `"forming"` Jacobians, their products (`"up-sweep"`), the vectors (`"down-sweep"`), their `"total"`, and a `"sequential"` pass.
+        """
         return dict(self._costs[1])
 
     @property
     def bytes(self) -> dict[str, int]:
-        """Bytes of what these stages make: the Jacobians held at once, all their products, the cotangents."""
+        """Bytes of what the stages of `flops` make.
+
+        They are the Jacobians held at once, all their products, the cotangents.
+        """
         return dict(self._costs[2])
 
     @functools.cached_property
@@ -119,19 +127,25 @@ class Plan:
 
     @property
     def seconds(self) -> dict[str, float]:
-        """Seconds of a value and gradient, forward loop and all, as the model of `parscan.timing` tells them: by every method, under its name, its sizes
-        chosen. Of one recurrence that JAX can transpose; else empty."""
+        """Seconds of a value and gradient by every method, under its name, its sizes chosen, as the model of the machine tells them.
+
+        Forward loop and all; of one recurrence that JAX can transpose; else empty.
+        """
         return {name: time for name, (time, _) in self._told.items()}
 
     @property
     def held(self) -> dict[str, int]:
-        """Bytes that this gradient holds at once, about: states, cotangents, and what linearises as many steps as are taken together, with their maps."""
+        """Bytes that this gradient holds at once, about, by every method.
+
+        They are states, cotangents, and what linearises as many steps as are taken together, with their maps.
+        """
         return {name: size for name, (_, size) in self._told.items()}
 
     def levels(self) -> list[tuple[int, str, int]]:
-        """What the maps of a tree over equal steps are: (level, kind, bytes of one map) for every level, 0 being the steps' own Jacobians.
+        """What the maps of a tree over equal steps are, at every level. A kind that grows under products is seen to fill in here.
 
-        Of a chunked method, the maps of its chunks. A kind that grows under products is seen to fill in here.
+        Returns:
+            (level, kind, bytes of one map) of every level, 0 being the steps' own Jacobians; of a chunked method the maps of its chunks.
 
         Raises:
             ValueError: the chain has several runs of layers, or no Jacobians.
@@ -148,7 +162,10 @@ class Plan:
 
     @functools.cached_property
     def why(self) -> tuple[str, ...]:
-        """Why the Jacobians have this structure: which equation mixes what, in words; what would have to change for a wide dense block to be cheaper."""
+        """Why the Jacobians have this structure, in words.
+
+        Which equation mixes what; what would have to change for a wide dense block to be cheaper.
+        """
         if self.stretches:
             return tuple(dict.fromkeys(said for plan in self.stretches for said in plan.why))
         if self._given is None or self._given.structures is None:

@@ -128,6 +128,8 @@ def missing_in_member(called: Any) -> Iterator[str]:
     doc, signature = inspect.getdoc(called) or "", inspect.signature(called)
     if not doc.partition("\n\n")[0].endswith("."):
         yield "a sentence of purpose"
+    if len(signature.parameters) == 1 and ": " in doc.partition("\n")[0]:
+        yield "a first line without a colon, before which the site would see a property's type"
     for name, parameter in list(signature.parameters.items())[1:]:
         after = re.search(rf"\b{name}\b(.*)", doc, re.DOTALL)
         if after is None:

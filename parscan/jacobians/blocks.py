@@ -46,7 +46,7 @@ class BlockDiagonal(Jacobian):
 
     @property
     def held(self) -> tuple[int, ...]:
-        """How many blocks there are numbers for along each of these axes: 1, if one stands for all."""
+        """How many blocks there are numbers for along each of these axes; 1, if one stands for all."""
         image = jax.eval_shape(lambda inner, vector: inner.apply(vector), self.inner, jax.ShapeDtypeStruct((self.inner.size,), jnp.float32))
         lead = image.shape[max(image.ndim - 1 - len(self.along), 0) : -1]
         return (1,) * (len(self.along) - len(lead)) + lead

@@ -18,7 +18,8 @@ class Permutation(Jacobian):
     """(J v)[i] = scale[i] v[index[i]]: a permutation, times an elementwise map if there is one. Closed under product, at the cost of an elementwise map.
 
     Args:
-        index: integers (n,), for every coordinate of the result the one it is taken from: a permutation of 0 … n - 1; an `Index`, or what makes one.
+        index: integers (n,), for every coordinate of the result the one it is taken from: a permutation of 0 … n - 1; held as a
+            `parscan.jacobians.Index`.
         scale: floating-point array of shape (..., n), or None for ones.
 
     Example:
