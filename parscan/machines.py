@@ -76,7 +76,7 @@ CPU_SINCE = Machine(
     all_call=46, all_kept=0.0064, all_product=5e-5, all_element=0.12, all_function=0.9, launch=1200, fresh=0.39, level=245, entry=1.5,
 )  # fmt: skip  # JAX 0.12.0.1
 
-# Fitted to the 21 whole gradients on an H100 that README, *When it pays*, lists (JAX 0.11.2, `lax`, `sequential`, `Chunked`): within a factor of 2 of each.
+# Fitted to the 21 whole gradients on an H100 of docs/explanation/choosing.md (JAX 0.11.2, `lax`, `sequential`, `Chunked`): within a factor of 2 of each.
 # No more than the order of magnitude of what waits there: a kernel, a product, a level. What computes hardly shows in those times.
 GPU = Machine(
     start=2.0e5, fused=8100, call=1800, kernel=3500, slot=300,

@@ -75,7 +75,7 @@ class Parallel(Travelling):
 
     Args:
         guard: check on the device that what was found is finite and what one step after another gives, to half the digits, and take that where it is
-            not: `parscan.guard`. What it leaves and what it costs: README, *Guard* and *Memory*; where a batch is sharded over devices, a
+            not: `parscan.guard`. What it leaves and what it costs: docs/explanation, guard and memory; where a batch is sharded over devices, a
             collective of one byte.
     """
 

@@ -188,7 +188,7 @@ def _of_layers(runs: Sequence[int], orders: Sequence[Order]) -> str:
 
 
 def _chosen(step: Step, structure: Structure, fallback: Method, platform: str) -> tuple[Method, str]:
-    """The rule behind `method="auto"`, for one step; README, *When it pays*, has the figures it follows."""
+    """The rule behind `method="auto"`, for one step; docs/explanation/choosing.md has the figures it follows."""
     pairs = [(a, b) for a, b in zip(structure.before.groups, structure.after.groups, strict=True) if a.size or b.size]
     blocks = sum(max(a.blocks, b.blocks) for a, b in pairs)
     state = sum(max(a.blocks, b.blocks) * a.side * b.side for a, b in pairs)
