@@ -17,7 +17,7 @@ from jax import Array
 from parscan import jacobians
 from parscan.claims import Claim, claimed
 from parscan.factored import Bottleneck, Sides, bottleneck, sides
-from parscan.jacobians import BlockDiagonal, Dense, Diagonal, DirectSum, Evidence, Form, Identity, Index, Jacobian, Kronecker, LowRank, recognised
+from parscan.jacobians import KINDS, BlockDiagonal, Dense, Diagonal, DirectSum, Evidence, Form, Identity, Index, Jacobian, Kronecker, LowRank, recognised
 from parscan.jaxprs import Program
 from parscan.layout import Group, Layout, Order
 from parscan.proof import Derivative, Steps, derivative, proved, states_of
@@ -155,11 +155,12 @@ def structures_of(steps: Sequence[tuple[Program, bool]], claim: Claim | None) ->
     Raises:
         ValueError: the claim does not fit the state.
     """
-    return list(_structures(tuple(steps), claim))
+    return list(_structures(tuple(steps), claim, tuple(KINDS)))
 
 
 @functools.lru_cache(maxsize=4096)
-def _structures(steps: Steps, claim: Claim | None) -> list[Structure]:
+def _structures(steps: Steps, claim: Claim | None, _kinds: tuple[type[Jacobian], ...]) -> list[Structure]:
+    """The same, remembered: a kind that is registered is recognised from then on, also in what has been planned before."""
     states = states_of(steps)
     wide = any(jnp.dtype(a.dtype).itemsize == 8 for state in states for a in state)
     dtype = jnp.dtype(jnp.float64 if wide else jnp.float32)

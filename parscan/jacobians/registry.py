@@ -15,7 +15,7 @@ KINDS: list[type[Jacobian]] = [Identity, Diagonal, Permutation, Banded, Sparse, 
 
 
 def register(kind: type[Jacobian]) -> type[Jacobian]:
-    """Class decorator: adds a kind of the user's to those that are recognised. To be called before anything is planned.
+    """Class decorator: adds a kind of the user's to those that are recognised.
 
     Args:
         kind: the class, made by `kind`.
