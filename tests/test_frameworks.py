@@ -245,7 +245,7 @@ def floats(tree):
     return [leaf for leaf in jax.tree.leaves(tree) if leaf.dtype != jax.dtypes.float0]
 
 
-RUNS = [(case, "parallel") for case in CASES] + [(case, "auto") for case in (linen_scan_of_a_cell, nnx_scan_of_a_cell, eqx_lstm)]  # docs/frameworks.md has more
+RUNS = [(case, "parallel") for case in CASES] + [(case, "auto") for case in (linen_scan_of_a_cell, nnx_scan_of_a_cell, eqx_lstm)]  # docs/howto has more
 
 
 @pytest.mark.parametrize("case, method", RUNS, ids=lambda one: getattr(one, "__name__", one))

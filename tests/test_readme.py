@@ -1,9 +1,11 @@
-"""The code of the README and of the pages in docs, and the docstrings' examples run as they are printed."""
+"""The code of the README and of the pages in docs, and the docstrings' examples run as they are printed, and print what they show."""
 
 from __future__ import annotations
 
+import contextlib
 import doctest
 import importlib
+import io
 import pkgutil
 import re
 from pathlib import Path
@@ -69,6 +71,7 @@ def test_readme_section(section, tmp_path, monkeypatch, readers_settings):
         exec(compile("\n" * before + code, str(README), "exec"), namespace)
 
 
+FLAGS = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
 PAGES = [page for page in sorted(README.parent.glob("docs/**/*.md")) if sections(page.read_text())]
 
 
@@ -81,13 +84,28 @@ def no_new_kinds():
     structure._structures.cache_clear()
 
 
+def with_output(text: str) -> list[tuple[int, str, str | None]]:
+    """Python blocks, each with the `text` block that stands directly below it and shows what it prints."""
+    found = blocks(text)
+    below = {before - 2: code for language, before, code in found if language == "text"}
+    return [(before, code, below.get(before + code.count("\n") + 1)) for language, before, code in found if language == "python"]
+
+
+def comparable(printed: str) -> str:
+    """Without times, which a model of the machine tells, and without the line of a file at which something stands."""
+    return re.sub(r" at \S+:\d+", " at FILE", re.sub(r"\b\d[\d.]* (ns|µs|ms|s)\b", "TIME", printed))
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(README.parent)))
 def test_page(page, tmp_path, monkeypatch, readers_settings, no_new_kinds):
     monkeypatch.chdir(tmp_path)
     assert not [language for language, _, _ in blocks(page.read_text()) if language.split(" ")[0].lower() in PYTHON_LIKE]
     namespace = {"__name__": "__main__"}
-    for before, code in (one for some in sections(page.read_text()).values() for one in some):
-        exec(compile("\n" * before + code, str(page), "exec"), namespace)
+    for before, code, printed in with_output(page.read_text()):
+        with contextlib.redirect_stdout(io.StringIO()) as out:
+            exec(compile("\n" * before + code, str(page), "exec"), namespace)
+        same = doctest.OutputChecker().check_output(comparable(printed or ""), comparable(out.getvalue()), FLAGS)
+        assert printed is None or same, f"line {before}: the page shows\n{printed}\nwhere this is printed:\n{out.getvalue()}"
 
 
 # --- docstrings -----------------------------------------------------------------------------------------------------------
@@ -119,6 +137,6 @@ def test_docstring(example, readers_settings):
     assert not skipped, f"an example that is not run says nothing: {skipped}"
     report: list[str] = []
     example.globs = given()
-    result = doctest.DocTestRunner(optionflags=doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE).run(example, out=report.append)
+    result = doctest.DocTestRunner(optionflags=FLAGS).run(example, out=report.append)
     assert result.attempted == len(example.examples)
     assert result.failed == 0, "".join(report)
