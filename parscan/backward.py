@@ -170,7 +170,7 @@ def parallel_backward(
 
     Returns:
         `Gradients`, a pytree with `params`, `activations`, `input` and `plan`, in the dtypes of what was given. A layer that cannot be
-            differentiated in parallel (a custom VJP, a collective, an effect) is differentiated sequentially; `plan.reason` says why.
+        differentiated in parallel (a custom VJP, a collective, an effect) is differentiated sequentially; `plan.reason` says why.
 
     Raises:
         ValueError: parameters not stacked alike or not as many as layers, activations of the wrong count or that do not fit their layer,

@@ -36,7 +36,7 @@ def linear_scan(A: Jacobian, b: Array, h0: Array, *, reverse: bool = False, meth
 
     Returns:
         h_1 … h_L (h_0 … h_{L-1} in reverse, where h_L is the start), (L, n) in the dtype that A, b and h0 promote to, half precision being
-            computed in float32.
+        computed in float32.
 
     Raises:
         TypeError: A is no Jacobian kind; complex or integer arrays.

@@ -103,6 +103,8 @@ def missing(one: Any) -> Iterator[str]:
                 yield "Returns"
             if ": " in returns.partition("\n")[0]:
                 yield "Returns without a colon in its first line, before which the site would see a type"
+            if len({len(line) - len(line.lstrip()) for line in text.sections.get("Returns", "").splitlines() if line}) > 1:
+                yield "Returns with all its lines indented alike"
             if returns and HOLDS_ARRAYS.search(result) and not describes_arrays(returns, set(wanted)):
                 yield "shape and dtype of what is returned"
     errors, checks = raised(one)
@@ -131,10 +133,9 @@ def missing_in_member(called: Any) -> Iterator[str]:
     if len(signature.parameters) == 1 and ": " in doc.partition("\n")[0]:
         yield "a first line without a colon, before which the site would see a property's type"
     for name, parameter in list(signature.parameters.items())[1:]:
-        after = re.search(rf"\b{name}\b(.*)", doc, re.DOTALL)
-        if after is None:
+        if not re.search(rf"\b{name}\b", doc):
             yield f"what `{name}` is"
-        elif "Array" in str(parameter.annotation) and not re.match(r"[^;]*?\(.*?\)", after[1]):
+        elif "Array" in str(parameter.annotation) and not re.search(rf"\b{name}\b[^;]*?\(.*?\)", doc):
             yield f"the shape of `{name}`"
     if signature.return_annotation == "Array" and not SHAPE.search(doc):
         yield "the shape of the result"
@@ -195,7 +196,8 @@ def says_nothing_of_arrays(A: Any, h: Any, steps: int, f: Any) -> Any:
         f: as for `nowhere`.
 
     Returns:
-        Array: the result.
+        Array: the result,
+            as it is.
 
     Raises:
         TypeError: never.
@@ -244,6 +246,7 @@ def test_a_docstring_that_leaves_something_out_is_told():
         "shape and dtype of `h`",
         "what `steps` is",
         "Returns without a colon in its first line, before which the site would see a type",
+        "Returns with all its lines indented alike",
         "shape and dtype of what is returned",
         "Raises: ['ValueError']",
         "an example",

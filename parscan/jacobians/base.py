@@ -72,11 +72,11 @@ class Jacobian:
         raise NotImplementedError
 
     def shifted(self, rows: Array) -> tuple[Any, Array]:
-        """2^rows · J, balanced anew, for a J that is balanced: `rows` int32 (..., p), exponents int32 (..., n)."""
+        """2^rows · J, balanced anew, for a J that is balanced; rows int32 (..., p), exponents int32 (..., n)."""
         raise NotImplementedError
 
     def shifted_before(self, second: Any, rows: Array) -> tuple[Any, Array]:
-        """`shifted` by `rows` int32 (..., p), the exponents of `second`, which is applied after it: where both are the same for all blocks, so are these."""
+        """`shifted` by rows int32 (..., p), the exponents of `second`, which is applied after it: where both are the same for all blocks, so are these."""
         return self.shifted(rows)
 
     def to_dense(self) -> Array:

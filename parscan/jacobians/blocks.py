@@ -52,7 +52,7 @@ class BlockDiagonal(Jacobian):
         return (1,) * (len(self.along) - len(lead)) + lead
 
     def like(self, inner: Any) -> BlockDiagonal:
-        """As many blocks, of another kind or with other numbers: those of `inner`."""
+        """As many blocks, of another kind or with other numbers; inner is one of them."""
         plain = isinstance(inner, Dense) and self.counts is None
         return BlockDiagonal(inner.matrix if plain else inner, None if plain else self.along)
 
