@@ -10,8 +10,9 @@ O(log L) instead of L. Notation used throughout: L steps; n coordinates of the s
 *tangents* travel with the chain, *cotangents* against it; a value *enters* and *leaves* each map.
 
 Public names: `scan`, `chain`, `forward`, `parallel_backward`, `linear_scan`, `plan`, `calibrate`, `calibration`, `replacing_lax_scan`; the methods
-`Lax`, `Sequential`, `Walk`, `Associative`, `Tree`, `Chunked`; the claim `Blocks`; the Jacobian kinds `Dense`, `Diagonal`, `BlockDiagonal`; the results
-`Gradients`, `Plan`, `Measured` with its `Machine`; `testing.check_structure`.
+`Lax`, `Sequential`, `Walk`, `Associative`, `Tree`, `Chunked`, each a `Method`; the claims `Blocks` and `Band`; the Jacobian kinds `Identity`,
+`Permutation`, `Diagonal`, `Banded`, `Sparse` with its `Pattern`, `LowRank`, `Kronecker`, `Dense`, `BlockDiagonal`, `DirectSum`; the results
+`Gradients`, `Plan`, `Measured` with its `Machine`; `testing`, with `check_structure`.
 
 The logger `parscan` says at DEBUG, whenever something is traced, which method was chosen, and why; at INFO if it was left to JAX since something in the
 function cannot be parallel; at WARNING if a method that was asked for is not the one that is taken, or a calibration cannot be read. What the guard

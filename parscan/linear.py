@@ -42,6 +42,8 @@ def linear_scan(A: Jacobian, b: Array, h0: Array, *, reverse: bool = False, meth
         TypeError: A is no Jacobian kind; complex or integer arrays.
         ValueError: shapes that do not fit; an unknown method.
 
+    Source: E. Martin, C. Cundy, Parallelizing linear recurrent neural nets over sequence length (ICLR 2018).
+
     Example:
         >>> parscan.linear_scan(parscan.Diagonal(jnp.full((4, 1), 0.5)), jnp.ones((4, 1)), jnp.zeros(1)).ravel()
         Array([1.   , 1.5  , 1.75 , 1.875], dtype=float32)

@@ -157,8 +157,10 @@ class Associative(Parallel):
 class Tree(Parallel):
     """Work-efficient prefix tree over explicit Jacobians: matrix products on the way up, only vectors on the way down.
 
-    Depth at most `2 ceil(log2 L) + 2`, fewer than `L` matrix products (Blelloch 1990; Wang, Bai, Pekhimenko 2020). On a CPU, where depth costs nothing and a
-    program of many rounds is slow to compile, more than 64 maps whose products are no larger than they are joined 64 at a time: at most `128 ceil(log64 L)`.
+    Depth at most `2 ceil(log2 L) + 2`, fewer than `L` matrix products. On a CPU, where depth costs nothing and a program of many rounds is slow to
+    compile, more than 64 maps whose products are no larger than they are joined 64 at a time: at most `128 ceil(log64 L)`.
+
+    Source: G. E. Blelloch, Prefix sums and their applications (1990); S. Wang, Y. Bai, G. Pekhimenko, BPPSA (MLSys 2020).
 
     Args:
         segment: steps that are linearised, crossed and pulled back at once, which bounds memory; None to have it chosen.

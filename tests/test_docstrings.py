@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import pytest
 from jax import Array
+from support import ROOT
 
 import parscan
 from parscan import jacobians, testing
@@ -144,6 +145,16 @@ def missing_in_member(called: Any) -> Iterator[str]:
 @pytest.mark.parametrize("name", PUBLIC)
 def test_a_public_name_says_all_of_itself(name):
     assert list(missing(PUBLIC[name])) == []
+
+
+def test_the_package_lists_every_public_name():
+    assert [name for name in parscan.__all__ if f"`{name}`" not in (parscan.__doc__ or "")] == []
+
+
+def test_what_citation_names_is_a_source_of_something_public():
+    sources = [line for one in PUBLIC.values() for line in (one.__doc__ or "").splitlines() if line.strip().startswith("Source: ")]
+    cited = re.findall(r"^      - family-names: (\w+)", (ROOT / "CITATION.cff").read_text(), re.MULTILINE)
+    assert cited and not [name for name in cited if not any(name in line for line in sources)]
 
 
 MEMBERS = dict(sorted({name: called for one in PUBLIC.values() if isinstance(one, type) for name, called in members(one)}.items()))
