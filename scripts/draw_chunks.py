@@ -27,9 +27,9 @@ INK, FAINT, BAND = "#222222", "#8A8A8A", "#F4F4F4"
 STEP, ROW, LEFT, TOP, RIGHT = 36, 34, 64, 58, 330
 
 STAGES = {
-    "fold": ("fold", "a basis pushed through the layers of a chunk,", "all chunks at once: one matrix a chunk"),
-    "scan": ("scan", "a tree over the chunks' matrices:", "the gradient that enters every chunk"),
-    "unfold": ("unfold", "that gradient pulled through the chunk's layers,", "all chunks at once"),
+    "fold": ("a basis pushed through the layers of a chunk,", "all chunks at once: one matrix a chunk"),
+    "scan": ("a tree over the chunks' matrices:", "the gradient that enters every chunk"),
+    "unfold": ("that gradient pulled through the chunk's layers,", "all chunks at once"),
 }
 
 
@@ -103,50 +103,66 @@ def _loop(f: Callable, init: Any, xs: Any, *, reverse: bool = False) -> tuple[An
     return init, None if outs[0] is None else {name: np.stack([out[name] for out in outs]) for name in outs[0]}
 
 
+def x(i: int) -> int:
+    """Of g_i; layer i is between g_{i-1} and g_i."""
+    return LEFT + STEP * i
+
+
+def y(level: int) -> int:
+    return TOP + ROW * level
+
+
+def text(at: float, height: float, said: Any, more: str = "") -> str:
+    return f'<text x="{at:g}" y="{height:g}" fill="{INK}"{more}>{said}</text>'
+
+
 def drawing(count: int = LAYERS, size: int = SIZE) -> str:
     """SVG; the same for the same schedule."""
     schedule = Schedule.of(count, size)
-    x = lambda i: LEFT + STEP * i  # of g_i; layer i is between g_{i-1} and g_i
-    y = lambda level: TOP + ROW * level
     width, height = x(count) + 24 + RIGHT, y(schedule.depth) + 64
-    calls = sorted({(level, stage) for stage, _, _, level in schedule.bars + schedule.hops})
     lines = [
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}" font-family="sans-serif" font-size="13">',
         f"<title>Chunks of {size}: {count} layers in {schedule.depth} levels</title>",
         '<rect width="100%" height="100%" fill="#ffffff"/>',
+        *_stages(schedule, x(count) + 32, width),
+        text(18, y(0) + 4, "level"),
+        *(text(30, y(level) + 4, level) for level in range(1, schedule.depth + 1)),
+        *(f'<path d="M{x(i)} {y(0) - 20}V{y(schedule.depth) + 16}" stroke="{FAINT}" stroke-dasharray="2 4"/>' for i in range(0, count + 1, size)),
+        *(text(x(i) - STEP / 2, y(0) - 26, i, ' text-anchor="middle" font-size="11"') for i in range(1, count + 1)),
+        *(_bar(i, i, 0, "#ffffff") for i in range(1, count + 1)),
+        *(_bar(lo, hi, level, MATRIX_FILL) for _, lo, hi, level in schedule.bars),
+        *_hops(schedule, count),
     ]
-    write = lambda at, height, text, more="": lines.append(f'<text x="{at}" y="{height}" fill="{INK}" {more}>{text}</text>')
-    for stage, (name, *meaning) in STAGES.items():
-        rows = [level for level, one in calls if one == stage]
-        low, high = y(min(rows)) - ROW / 2, y(max(rows)) + ROW / 2
-        if stage != "scan":
-            lines.append(f'<rect x="8" y="{low}" width="{width - 16}" height="{high - low}" fill="{BAND}"/>')
-        write(x(count) + 32, (low + high) / 2 - 14, name, 'font-weight="bold" font-size="15"')
-        for n, text in enumerate(meaning):
-            write(x(count) + 32, (low + high) / 2 + 5 + 17 * n, text)
-    write(18, y(0) + 4, "level")
-    for level in range(1, schedule.depth + 1):
-        write(30, y(level) + 4, level)
-    for i in range(0, count + 1, size):
-        lines.append(f'<path d="M{x(i)} {y(0) - 20}V{y(schedule.depth) + 16}" stroke="{FAINT}" stroke-dasharray="2 4"/>')
-    for i in range(1, count + 1):
-        write(x(i) - STEP / 2, y(0) - 26, i, f'text-anchor="middle" font-size="11" fill-opacity="{0.7}"')
-    bars = [(1, i, i, 0) for i in range(1, count + 1)] + schedule.bars
-    for stage, lo, hi, level in bars:
-        fill = "#ffffff" if stage == 1 else MATRIX_FILL
-        box = f'x="{x(lo - 1) + 4}" y="{y(level) - 9}" width="{STEP * (hi - lo + 1) - 8}" height="18" rx="5"'
-        lines.append(f'<rect {box} fill="{fill}" stroke="{MATRIX}" stroke-width="1.3"/>')
-    lines += _hops(schedule, count, x, y)
     foot = y(schedule.depth) + 42
-    lines.append(f'<rect x="18" y="{foot - 9}" width="28" height="18" rx="5" fill="{MATRIX_FILL}" stroke="{MATRIX}" stroke-width="1.3"/>')
-    write(54, foot + 4, "the map of these layers (white: given)")
-    lines.append(f'<circle cx="318" cy="{foot}" r="7" fill="{VECTOR_FILL}" stroke="{VECTOR}" stroke-width="1.3"/>')
-    write(332, foot + 4, "the gradient here is known (white: given)")
-    write(x(count) + 32, foot + 4, f"{count} layers, chunks of {size}: {schedule.depth} levels")
+    lines += [
+        f'<rect x="18" y="{foot - 9}" width="28" height="18" rx="5" fill="{MATRIX_FILL}" stroke="{MATRIX}" stroke-width="1.3"/>',
+        text(54, foot + 4, "the map of these layers (white: given)"),
+        f'<circle cx="330" cy="{foot}" r="7" fill="{VECTOR_FILL}" stroke="{VECTOR}" stroke-width="1.3"/>',
+        text(344, foot + 4, "the gradient here is known (white: given)"),
+        text(x(count) + 32, foot + 4, f"{count} layers, chunks of {size}: {schedule.depth} levels"),
+    ]
     return "\n".join([*lines, "</svg>", ""])
 
 
-def _hops(schedule: Schedule, count: int, x: Callable, y: Callable) -> list[str]:
+def _stages(schedule: Schedule, at: int, width: int) -> list[str]:
+    """A band for each stage, and what it does."""
+    calls, lines = schedule.bars + schedule.hops, []
+    for stage, meaning in STAGES.items():
+        rows = [level for name, _, _, level in calls if name == stage]
+        low, high = y(min(rows)) - ROW // 2, y(max(rows)) + ROW // 2
+        if stage != "scan":
+            lines.append(f'<rect x="8" y="{low}" width="{width - 16}" height="{high - low}" fill="{BAND}"/>')
+        lines.append(text(at, (low + high) / 2 - 14, stage, ' font-weight="bold" font-size="15"'))
+        lines += [text(at, (low + high) / 2 + 5 + 17 * n, said) for n, said in enumerate(meaning)]
+    return lines
+
+
+def _bar(lo: int, hi: int, level: int, fill: str) -> str:
+    box = f'x="{x(lo - 1) + 4}" y="{y(level) - 9}" width="{STEP * (hi - lo + 1) - 8}" height="18" rx="5"'
+    return f'<rect {box} fill="{fill}" stroke="{MATRIX}" stroke-width="1.3"/>'
+
+
+def _hops(schedule: Schedule, count: int) -> list[str]:
     """Every gradient as a dot where it is first known, a line down to its last use, an arrow for each use."""
     first = min(level for stage, _, _, level in schedule.hops if stage == "scan")
     born, last = {count: first}, {count: first}
