@@ -21,7 +21,8 @@ import click
 
 ROOT = Path(__file__).resolve().parent.parent
 NEEDED = ("parscan/__init__.py", "parscan/__main__.py", "parscan/py.typed")
-SOURCES = ("pyproject.toml", "README.md", "CHANGELOG.md", "CITATION.cff", "CONTRIBUTING.md", "LICENSE", *NEEDED, "tests/conftest.py", "scripts/train.py")
+TEXTS = ("README.md", "CHANGELOG.md", "CITATION.cff", "CONTRIBUTING.md", "LICENSE")
+SOURCES = ("pyproject.toml", *TEXTS, *NEEDED, "tests/conftest.py", "scripts/train.py", "examples/sensor_series.py")
 UNWANTED = re.compile(r"(^|/)(__pycache__|\.git|\.venv[^/]*|out|dist|\.[a-z]+_cache)/|\.(pyc|so)$")
 
 
