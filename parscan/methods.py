@@ -117,7 +117,7 @@ class Sequential(Travelling):
 class Walk(Parallel):
     """Jacobians formed in parallel, a segment at a time, then walked with bare matrix-vector products.
 
-    Depth `L`, but an order of magnitude cheaper a step than a loop of VJPs.
+    Depth L, but what waits is one matrix-vector product a step, where a loop of VJPs has the whole layer.
 
     Args:
         segment: steps whose Jacobians are formed at once; None lets the planner choose what stays in cache, L or more is one segment.
