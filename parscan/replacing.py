@@ -12,7 +12,8 @@ from typing import Any
 
 from jax import lax
 
-from parscan.methods import Method
+from parscan.claims import parse_structure
+from parscan.methods import Method, parse_method
 from parscan.scanning import scan
 
 _chosen: ContextVar[Callable | None] = ContextVar("parscan_replacing_lax_scan", default=None)  # of this thread, or task
@@ -40,12 +41,17 @@ def replacing_lax_scan(*, method: Method | str = "auto", structure: Any = "auto"
     Args:
         method, structure, debug: as for `scan`, for every loop that is met. An explicit parallel method raises where a loop cannot be parallel.
 
+    Raises:
+        ValueError: on entering, `method` or `structure` is a name that is not known.
+        TypeError: on entering, they are neither a name nor a method, or a claim.
+
     Example:
         >>> loss = lambda h: jax.lax.scan(f, h, xs)[1].sum()  # somebody else's
         >>> parallel = parscan.replacing_lax_scan(method="tree")(loss)
         >>> jax.jit(jax.grad(parallel))(init).shape
         (4,)
     """
+    parse_method(method), parse_structure(structure)  # raise now, not at the first loop
     token = _chosen.set(functools.partial(scan, method=method, structure=structure, debug=debug))
     try:
         _install()

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from parscan.checks import coordinate, is_inexact
+from parscan.checks import coordinate, dtype_of, is_complex, is_inexact
 from parscan.claims import Band, Blocks, Claim, parse_structure
 from parscan.debug import StructureError, names_of
 from parscan.jaxprs import Program, in_floats, obstacle
@@ -49,6 +49,7 @@ def check_structure(f: Any, params: Any, h: Any, *, structure: Any, vary_params:
     Raises:
         StructureError: the claim is wrong; the report names coordinates of the new state and those of the old one on which they depend.
         ValueError: the claim does not fit the state, or claims nothing; no derivative is finite.
+        TypeError: a state is complex.
 
     Example:
         >>> rnn = lambda w, h: jnp.tanh(h @ w)
@@ -65,6 +66,12 @@ def check_structure(f: Any, params: Any, h: Any, *, structure: Any, vary_params:
     network = read_sequence(layers, entries, [h])
     if not network.links:
         return
+    states = [("h", leaf) for leaf in network.start] + [("the new state", leaf) for link in network.links for leaf in link.step.program.out_avals[0]]
+    for what, leaf in states:
+        if is_complex(leaf):
+            raise TypeError(
+                f"{what} must be real; got {dtype_of(leaf)}, whose chains are left to JAX and use no claim. Split it into real and imaginary parts."
+            )
     structures = structures_of([(link.step.program, link.step.repeats) for link in network.links], claim)
     state, before = [jnp.asarray(leaf) for leaf in network.start], names_of("h", h)
     random = np.random.default_rng(seed)

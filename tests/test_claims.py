@@ -470,3 +470,10 @@ def test_debug_checks_every_kind_as_it_is_formed(kind, shape):
     assert parscan.plan(f, state, xs, method="walk").kind == kind
     gradient = lambda scan, **options: jax.jit(jax.grad(lambda h: jnp.sum(scan(f, h, xs, **options)[0] ** 2)))(state)
     assert_close(gradient(parscan.scan, method="walk", debug=True), gradient(jax.lax.scan), 1e-10)
+
+
+@pytest.mark.parametrize("f, h", [(lambda w, h: h.conj()[::-1], jnp.ones(3, "complex64")), (lambda w, h: h * 1j, jnp.ones(3))])
+def test_a_complex_state_is_refused(f, h):
+    """Of which only the real part would be looked at."""
+    with pytest.raises(TypeError, match="must be real; got complex"):
+        parscan.testing.check_structure([f], [None], h, structure="diagonal")

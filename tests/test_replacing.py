@@ -128,3 +128,10 @@ def test_what_another_has_put_there_stays(monkeypatch):
     with parscan.replacing_lax_scan(method="tree"):
         assert loops(loss) == 1
     assert lax.scan is ORIGINAL
+
+
+@pytest.mark.parametrize("asked, error", [({"method": "nope"}, ValueError), ({"method": 3}, TypeError), ({"structure": "nope"}, ValueError)])
+def test_what_is_asked_for_is_read_on_entering(asked, error):
+    with pytest.raises(error, match="must be"), parscan.replacing_lax_scan(**asked):
+        pass
+    assert jax.lax.scan.__module__.startswith("jax")
