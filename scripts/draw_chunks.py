@@ -55,7 +55,7 @@ class Schedule:
                 empty = first["hi"] < first["lo"]  # of the identities that a fold begins with
                 assert (second["hi"] + 1 == first["lo"]).all(), "the gradient passes the later layers first"
                 found = {"lo": second["lo"], "hi": np.where(empty, second["hi"], first["hi"]), "level": _next(second, first)}
-                self.bars += [(stage, *map(int, some)) for some in zip(*found.values(), strict=True)]
+                self.bars += [(stage, int(lo), int(hi), int(level)) for lo, hi, level in zip(*found.values(), strict=True)]
                 return found
 
             return then
@@ -63,9 +63,9 @@ class Schedule:
         def applied(stage: str) -> Callable:
             def apply(maps: dict, values: dict) -> dict:
                 assert (maps["hi"] == values["at"]).all(), "layers lo … hi act on g_hi"
-                level = _next(maps, values)
-                self.hops += [(stage, *map(int, some)) for some in zip(maps["lo"], maps["hi"], level, strict=True)]
-                return {"at": maps["lo"] - 1, "level": level}
+                levels = _next(maps, values)
+                self.hops += [(stage, int(lo), int(hi), int(level)) for lo, hi, level in zip(maps["lo"], maps["hi"], levels, strict=True)]
+                return {"at": maps["lo"] - 1, "level": levels}
 
             return apply
 
