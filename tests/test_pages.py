@@ -33,7 +33,7 @@ def test_every_page_is_reached_from_the_readme():
         if page not in reached and page.exists():
             reached.add(page)
             ahead += [(page.parent / link).resolve() for link in links(page) if link.endswith(".md")]
-    assert set(PAGES) <= reached
+    assert set(PAGES) - {ROOT / "docs/index.md"} <= reached  # which is the site's own front page
 
 
 def test_chunks_are_drawn_from_the_schedule_of_today(scripts_on_path):
