@@ -32,7 +32,7 @@ def test_what_is_cited_is_what_docstrings_name():
 @pytest.mark.parametrize("page", ["CONTRIBUTING.md", "README.md"])
 def test_files_that_are_named_are_there(page):
     text = (ROOT / page).read_text()
-    named = {name for name in re.findall(r"(?:`|\b)((?:parscan|scripts|tests|docs|notebooks)/[\w./]*\w)", text)}
+    named = {name for name in re.findall(r"(?:`|\b)((?:parscan|scripts|tests|docs|notebooks)/[\w./-]*\w)", text)}
     linked = {name for name in re.findall(r"\]\(([^)#:]+)\)", text)}
     assert named | linked and not [name for name in sorted(named | linked) if not (ROOT / name).exists()]
 
