@@ -38,7 +38,7 @@ import parscan
 STEP, HARDENING, NOISE = 0.05, 0.2, 0.05  # of time, where the masses are 1; of the tension; of the observations' own size
 COLOURS = {"Adam": "#E69F00", "Gauss-Newton": "#0072B2"}
 Scan = Callable[..., Any]
-Derivative = Callable[[Array, int], Any]  # of the unknowns and the horizon
+Derivative = Callable[[Any, int], Any]  # of the unknowns and the horizon
 Fit = list[tuple[float, np.ndarray]]  # after every update the seconds that had gone by, without compilation, and the unknowns
 SCANS: dict[str, Scan] = {"lax": lax.scan, "parscan": parscan.scan}
 
@@ -99,7 +99,7 @@ def linearised_by(scan: Scan, experiment: Experiment) -> Derivative:
     return jax.jit(jax.jacfwd(lambda at, horizon: (residuals(scan, experiment, at, horizon),) * 2, has_aux=True))
 
 
-def by_adam(gradient: Derivative, at: Array, horizons: list[int], updates: int = 60) -> Fit:
+def by_adam(gradient: Derivative, at: Any, horizons: list[int], updates: int = 60) -> Fit:
     """So many updates for every horizon, ever smaller ones."""
     optimizer, fit, start = optax.adam(optax.cosine_decay_schedule(0.1, updates)), [], time.perf_counter()
     for horizon in horizons:
@@ -183,7 +183,7 @@ def main(scan: str, masses: int, steps: int, seed: int, quick: bool, out: Path) 
     quickest = [compare("gradient", gradients, start, steps, 11), compare("sensitivities", linearised, start, steps, 5)]
     first, second = quickest if scan == "quicker" else (scan, scan)
     fits = {"Adam": by_adam(gradients[first], start, horizons), "Gauss-Newton": by_gauss_newton(linearised[second], start, horizons)}
-    best = fits["Gauss-Newton"][-1][1]
+    best = jnp.asarray(fits["Gauss-Newton"][-1][1])
     derivatives, values = (np.asarray(part, np.float64) for part in linearised[second](best, steps))
     errors = np.sqrt(np.diag(np.linalg.inv(derivatives.T @ derivatives)))
     click.echo(f"{steps} steps; mean square left {np.mean(values**2):.3f}, by noise alone 1\n\nunknown  truth    Adam     Gauss-Newton")

@@ -72,7 +72,7 @@ class Classifier(nnx.Module):
 
     def __call__(self, features: Array, lengths: Array) -> Array:
         """Scores (series, exercises)."""
-        states = self.rnn(features, initial_carry=jnp.zeros((len(features), self.readout.in_features)))
+        states = jnp.asarray(self.rnn(features, initial_carry=jnp.zeros((len(features), self.readout.in_features))))
         inside = jnp.arange(features.shape[1]) < lengths[:, None]
         return self.readout(jnp.sum(states * inside[..., None], axis=1) / lengths[:, None])
 

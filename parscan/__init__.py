@@ -75,3 +75,8 @@ __all__ = [
     "scan",
     "testing",
 ]
+
+
+def __dir__() -> list[str]:
+    """What completion offers: not the modules that make it up."""
+    return [*__all__, "__version__"]

@@ -6,8 +6,12 @@ import json
 import subprocess
 import sys
 
+import jax
+import jax.numpy as jnp
 import pytest
-from support import ROOT
+from beartype import beartype
+from jaxtyping import Array, Float, TypeCheckError, jaxtyped
+from support import ROOT, assert_close
 
 import parscan
 
@@ -50,3 +54,44 @@ def test_the_examples_name_every_public_function():
 
 def test_what_is_installed_says_that_it_is_typed():
     assert (ROOT / "parscan" / "py.typed").read_text() == ""
+
+
+# --- checked at run time: by whoever decorates steps and layers, by shape --------------------------------------------------
+
+checked = jaxtyped(typechecker=beartype)
+Scalar, Vector, Batch, Matrix = (Float[Array, shape] for shape in ("", "n", "b n", "n n"))
+Scalars, Vectors = Float[Array, "t"], Float[Array, "t n"]
+
+
+@checked
+def step(h: Vector, x: Vector) -> tuple[Vector, Scalar]:
+    h = jnp.tanh(0.5 * h + x)
+    return h, h.sum()
+
+
+@checked
+def layer(w: Matrix, h: Batch) -> Batch:
+    return h + jnp.tanh(h @ w)
+
+
+@pytest.mark.parametrize("method", ["auto", "tree"])
+def test_steps_and_layers_may_be_checked_at_run_time(method):
+    @checked
+    def run(h: Vector, xs: Vectors, method: str) -> tuple[Vector, Scalars]:
+        return beartype(parscan.scan)(step, h, xs, method=method)
+
+    gradients = [jax.jit(jax.grad(lambda h, by=by: run(h, jnp.ones((9, 2)), by)[1].sum()))(jnp.zeros(2)) for by in (method, "lax")]
+    assert_close(*gradients, 1e-10)
+    weights = jnp.full((5, 2, 2), 0.1)
+    y, activations = beartype(parscan.forward)(layer, weights, jnp.ones((3, 2)), method=method)
+    grads = beartype(parscan.parallel_backward)(layer, weights, activations, y, method=method)
+    assert_close(grads.params, jax.grad(lambda w: (beartype(parscan.chain)(layer, method=method)(w, jnp.ones((3, 2))) ** 2).sum() / 2)(weights), 1e-10)
+
+
+def test_a_shape_that_is_wrong_is_told_in_the_checkers_words():
+    with pytest.raises(TypeCheckError, match=r"parameters of .*step"):
+        parscan.scan(step, jnp.zeros(2), jnp.ones((9, 3)), method="tree")
+
+
+def test_completion_offers_what_is_public():
+    assert set(dir(parscan)) == {*parscan.__all__, "__version__"}
