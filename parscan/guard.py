@@ -6,6 +6,9 @@ that are there, and what arrives is the *error* against one map after another. L
 drown the vector: the chain grows along directions in which the vector has no part. Where the error is beyond half the digits, and wherever anything is not
 finite (products overflow, or meet 0 · inf or NaN), the maps are applied one after another, and the result is theirs.
 
+Defects are themselves rounded, and errors grow in few directions: now and then they cancel by chance in what they tell, and not in the vector. So they are
+followed twice, the second time with other signs, which tells about as much, and hardly ever cancels, too.
+
 That reads cotangents, and is yet differentiable: a sweep is the inside of a linear solve (`parscan.system`), of which JAX
 differentiates the equation, never the way it is solved.
 """
@@ -20,6 +23,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
+from parscan import prefix
 from parscan.layout import Group
 
 FALLBACK = "parscan_one_after_another"  # its name in programs and profiles
@@ -62,11 +66,21 @@ class Errors(NamedTuple):
     at: (m, p), the last of them at the end of the journey.
     size: (m, p), the largest entries of vectors and offsets since the place before.
     inside: between the places, if not all of the journey is among them.
+    doubt: the same as at and size, at as many places or fewer, had the defects other signs; None where there is none.
     """
 
     at: Array
     size: Array
     inside: Inside | None = None
+    doubt: tuple[Array, Array] | None = None
+
+    def leaving(self, reverse: bool) -> Array:
+        """What the vector is off by at the end of the journey, or may be."""
+        error = prefix.last(self.at, reverse)
+        if self.doubt is None:
+            return error
+        other = prefix.last(self.doubt[0], reverse)
+        return jnp.where(jnp.abs(other) > jnp.abs(error), other, error)
 
 
 class Found(NamedTuple):
@@ -87,6 +101,19 @@ class Check(NamedTuple):
     error: Any
 
 
+def followed(travel: Callable[[Any], Any], defects: Any) -> tuple[Any, Any]:
+    """What defects amount to further along, and what they would with other signs. travel: defects -> errors, linear; any pytrees of arrays."""
+    found = jax.vmap(travel)(jax.tree.map(lambda some: jnp.stack([some, _otherwise(some)]), defects))
+    return jax.tree.map(lambda some: some[0], found), jax.tree.map(lambda some: some[1], found)
+
+
+def _otherwise(defects: Array) -> Array:
+    """With signs as if at random, the same at every call: the top bit of each place's number, multiplied and mixed."""
+    place = lax.iota(jnp.uint32, defects.size).reshape(defects.shape) * jnp.uint32(0x9E3779B1)
+    mixed = (place ^ (place >> 15)) * jnp.uint32(0x2C1B3C6D)
+    return jnp.where(mixed >> 31 == 0, defects, -defects)
+
+
 def is_sound(values: Array, errors: Errors | None, groups: Sequence[Group], rounding: Rounding, reverse: bool) -> Array:
     """Whether all is finite, and every error within half the digits of its block's vector, at most a quarter. A bool, one for a whole batch.
 
@@ -95,6 +122,8 @@ def is_sound(values: Array, errors: Errors | None, groups: Sequence[Group], roun
     good, groups = jnp.isfinite(values).all(), [group for group in groups if group.size]
     if errors is not None:
         good &= _within(errors.at, errors.size, groups, rounding, reverse)
+        if errors.doubt is not None:
+            good &= _within(*errors.doubt, groups, rounding, reverse)
         if errors.inside is not None:
             good &= _within_inside(errors.inside, groups, rounding, reverse)
     return _everywhere(good)

@@ -51,7 +51,8 @@ def replacing_lax_scan(*, method: Method | str = "auto", structure: Any = "auto"
         >>> jax.jit(jax.grad(parallel))(init).shape
         (4,)
     """
-    parse_method(method), parse_structure(structure)  # raise now, not at the first loop
+    parse_method(method)  # raises now, not at the first loop
+    parse_structure(structure)
     token = _chosen.set(functools.partial(scan, method=method, structure=structure, debug=debug))
     try:
         _install()

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 from jax import Array
 
-from parscan import affine, order, prefix
+from parscan import affine, guard, order, prefix
 from parscan.affine import Affine
 from parscan.folding import Fold
 from parscan.guard import Errors, Found
@@ -38,17 +38,23 @@ def through_order(journey: list[tuple[Chain, Array]], start: Array, method: Meth
     @functools.cache
     def errors() -> list[Errors]:
         defects = [leg.defects(place in made.formed) for place, leg in enumerate(legs)]
-        others = [leg.stack_of(made.formed.get(place), some) for place, (leg, some) in enumerate(zip(legs, defects, strict=True))]
-        at = iter(prefix.Again(made, others, affine.renewed).values(tree, jnp.zeros_like(legs[0].start)))
-        error, left, found = jnp.zeros_like(legs[0].start), iter(legs), []
+
+        def travel(defects: list[Array]) -> list[Array]:
+            others = [leg.stack_of(made.formed.get(place), some) for place, (leg, some) in enumerate(zip(legs, defects, strict=True))]
+            return prefix.Again(made, others, affine.renewed).values(tree, jnp.zeros_like(legs[0].start))
+
+        told, doubts = guard.followed(travel, defects)
+        error, left, found = jnp.zeros_like(legs[0].start), iter(zip(legs, told, doubts, strict=True)), []
         for one in folded:
             parts = []
             for bounds in one.bounds:
-                leg, told = next(left), next(at)
-                parts.append((one.followed(bounds, error, told), largest(leg.steps, leg.offsets)))
-                error = prefix.last(told, reverse)
-            at_steps, sizes = (one.together(list(part)) for part in zip(*parts, strict=True))
-            found.append(Errors(at_steps, sizes))
+                leg, at, doubt = next(left)
+                sizes = largest(leg.steps, leg.offsets)
+                most = sizes.reshape(-1, leg.size, sizes.shape[1]).max(1)
+                parts.append((one.followed(bounds, error, at), sizes, doubt, most))
+                error = prefix.last(at, reverse)
+            at, sizes, doubt, most = (one.together(list(part)) for part in zip(*parts, strict=True))
+            found.append(Errors(at, sizes, doubt=(doubt, most)))
         return found
 
     # those of the chains before are among them

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from parscan import affine, exponents, grouped, jacobians, prefix
+from parscan import affine, exponents, grouped, guard, jacobians, prefix
 from parscan.affine import Affine
 from parscan.folding import Fold
 from parscan.guard import Errors, Found, Inside
@@ -88,10 +88,16 @@ def _errors_of_maps(
     return Errors(travelled(defects, jnp.zeros_like(start) if error is None else error), largest(values, offsets))
 
 
+def _errors_of_groups(chain: Chain, start: Array, values: Array, offsets: Array, made: grouped.Groups, reverse: bool, error: Array | None) -> Errors:
+    error, size = jnp.zeros_like(start) if error is None else error, largest(values, offsets)
+    at, doubt = guard.followed(lambda defects: made.again(defects).values(error), defects_of(chain, start, offsets, values, reverse))
+    return Errors(at, size, doubt=(doubt, size))
+
+
 def _errors_of_tree(chain: Chain, start: Array, values: Array, offsets: Array, made: Pairs | grouped.Groups, reverse: bool, error: Array | None) -> Errors:
     if isinstance(made, Pairs):
         return _errors_of_pairs(chain, start, values, made, error)
-    return _errors_of_maps(chain, start, values, offsets, lambda defects, error: made.again(defects).values(error), reverse, error)
+    return _errors_of_groups(chain, start, values, offsets, made, reverse, error)
 
 
 def _errors_of_pairs(chain: Chain, start: Array, values: Array, pairs: Pairs, error: Array | None) -> Errors:
@@ -110,14 +116,22 @@ def _errors_of_pairs(chain: Chain, start: Array, values: Array, pairs: Pairs, er
 
     stored = chain.rounding.stored
     at = stored(told) - stored(unfolded(steps[1], start, ends))
-    made = prefix.again(prefix.Upsweep(rounds, None), rounds[0]._replace(offset=ends_of(at, size, reverse)), affine.renewed, reverse=reverse)
-    errors = prefix.downsweep(made, error, affine.apply, reverse=reverse)
+
+    def carried(defects):
+        again = prefix.again(prefix.Upsweep(rounds, None), rounds[0]._replace(offset=defects), affine.renewed, reverse=reverse)
+        return prefix.downsweep(again, error, affine.apply, reverse=reverse)
+
+    errors, doubt = guard.followed(carried, ends_of(at, size, reverse))
     at += unfolded(jnp.zeros_like(told), error, errors)
+    sizes = largest(values, maps.offset)
+    most, beside = prefix.apart(sizes, rest, reverse)
+    most = most.reshape(-1, size, sizes.shape[1]).max(1)
     if rest:
-        behind = prefix.walk(others, prefix.last(ends, reverse) - prefix.last(errors, reverse), partial(stepped, one), reverse=reverse)
-        off = stored(left) - stored(behind)
-        at = jnp.concatenate([off, at] if reverse else [at, off])
-    return Errors(at, largest(values, maps.offset))
+        walked = partial(prefix.walk, apply=partial(stepped, one), reverse=reverse)
+        off = stored(left) - stored(walked(others, prefix.last(ends, reverse) - prefix.last(errors, reverse)))
+        doubts = walked((others[0], jnp.zeros_like(off)), prefix.last(doubt, reverse))
+        at, doubt, most = (jnp.concatenate(some[:: -1 if reverse else 1]) for some in ((at, off), (doubt, doubts), (most, beside)))
+    return Errors(at, sizes, doubt=(doubt, most))
 
 
 def _closed(maps: Affine) -> Affine:
@@ -152,21 +166,21 @@ class _Chunked:
     def _errors(self, start: Array, values: Array, error: Array | None) -> Errors | None:
         if self.steps == 0:
             return _errors_of_steps(self.chain, values, self.offsets, self.reverse, error)
-        rest = None
+        rests = None
         if self.reverse and self.has_rest and error is not None:  # the rest comes first
-            rest = self._of_rest(error)
-            error = prefix.last(rest, self.reverse)
+            rests = (self._of_rest(error),) * 2
+            error = prefix.last(rests[0], self.reverse)
         error, stored = jnp.zeros_like(start) if error is None else error, self.chain.rounding.stored
         defects = stored(self.told) - stored(ends_of(values[: self.steps], self.size, self.reverse))
-        at = self.made.again(defects).values(error)
+        at, doubt = guard.followed(lambda defects: self.made.again(defects).values(error), defects)
         before, each = prefix.entering(prefix.boundaries(error, at, self.reverse), self.reverse), largest(values, self.offsets)
         most, sizes = exponents.scaled(jnp.abs(before), self.highest), each[: self.steps].reshape(-1, self.size, each.shape[1])
         inside, sizes = Inside(most, sizes, partial(self._follow, before)), sizes.max(1)
         if not self.reverse and self.has_rest:
-            rest = self._of_rest(at[-1])
-        if rest is not None:
-            at, sizes = jnp.concatenate([at, rest]), jnp.concatenate([sizes, each[self.steps :]])
-        return Errors(at, sizes, inside)
+            rests = self._of_rest(at[-1]), self._of_rest(doubt[-1])
+        if rests is not None:
+            at, doubt, sizes = (jnp.concatenate(some) for some in zip((at, doubt, sizes), (*rests, each[self.steps :]), strict=True))
+        return Errors(at, sizes, inside, (doubt, sizes))
 
     def _part(self, part: slice) -> tuple[Any, Array]:
         return prefix.take((self.fold.data, self.offsets), part)

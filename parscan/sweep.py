@@ -76,7 +76,7 @@ def sweep_on(chain: Chain, start: Array, offsets: Array, method: Method, check: 
     found = through_one(chain, start, offsets, method, reverse)
     errors = found.errors(check.error)
     good = guard.is_sound(found.values, errors, chain.forms.after, chain.rounding, reverse)
-    return found.values, check._replace(good=check.good & good, error=prefix.last(errors.at, reverse) if errors else check.error)
+    return found.values, check._replace(good=check.good & good, error=errors.leaving(reverse) if errors else check.error)
 
 
 def _is_constant(chain: Chain, offsets: Array) -> bool:
@@ -101,7 +101,7 @@ def _swept(journey: list[tuple[Chain, Array]], start: Array, method: Method, rev
     for one, (chain, _) in zip(found, journey, strict=True):
         errors = one.errors(error)
         good.append(guard.is_sound(one.values, errors, chain.forms.after, chain.rounding, reverse))
-        error = prefix.last(errors.at, reverse) if errors else error
+        error = errors.leaving(reverse) if errors else error
     bare = [(chain._replace(crossing=chain.stepping), offsets) for chain, offsets in journey]  # what is not expected to run holds no memory
     return guard.guarded(values, jnp.stack(good).all(), lambda: _one_after_another(bare, start, reverse))
 
