@@ -12,7 +12,6 @@ from support import GRID, KINDS, METHODS, TOLERANCE, assert_close, gap, loop_act
 
 import parscan
 
-LENGTHS = [0, 1, 2, 3, 7, 64, 1000]
 LOOPED = 7  # up to here the reference is a plain loop
 
 
@@ -40,10 +39,11 @@ def test_the_jacobians_do_not_commute_and_no_gradient_vanishes(kind):
     assert norms.min() > 1e-3 * norms.max()
 
 
-# The precision has no part in how a length is taken apart; and three methods take it as it is, or leave that to JAX.
-TAKEN = [("float64", 64), ("float64", 1021), ("float32", 1000)]
-SIZES = [("float64", length) for length in LENGTHS if length != 64] + [("float32", 7)]
-APART = [(method, *size) for method in METHODS for size in (*SIZES, *(TAKEN if GRID or method in ("walk", "chunked", "tree") else ()))]
+# The precision has no part in how a length is taken apart, and three methods take it as it is, or leave that to JAX. Chunks of 64 steps have a test below.
+SIZES = [("float64", length) for length in (0, 1, 2, 3, 7, 1000)] + [("float32", 7)]
+MORE = [("float64", 64), ("float64", 1021), ("float32", 1000)]
+APART = [(method, *size) for method in METHODS for size in (*SIZES, *(MORE if GRID else ()))]
+APART += [] if GRID else [("tree", "float64", 64), *((method, "float64", 1021) for method in ("walk", "chunked", "tree"))]
 
 
 @pytest.mark.parametrize("kind", KINDS)
