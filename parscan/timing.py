@@ -44,7 +44,7 @@ class Loop(NamedTuple):
     @property
     def is_fused(self) -> bool:
         """Whether XLA's compiler for CPUs makes one kernel of it."""
-        return self.touched < SMALL_LOOP or (FUSES_LOOPS and not self.work.calls)
+        return not self.work.alone and (self.touched < SMALL_LOOP or (FUSES_LOOPS and not self.work.calls))
 
     def grown(self, slots: int, entries: int, beside: int, more: Work | None = None) -> Loop:
         """With more arrays of all steps, and so many entries that are carried or shared."""
@@ -55,10 +55,11 @@ class Loop(NamedTuple):
 class Parts(NamedTuple):
     """The work of one step.
 
-    linearising: of the step and of what its derivatives are made of. whole: of pulling one cotangent back to the state and to the
-    constants, all that being at hand; back: to the state alone. at_once: of linearising many steps together, and of pulling their cotangents back to the
-    constants: of `ALONG` steps. stays, passes: entries of every step that a gradient through a loop of cotangents alone holds from its first pass to its
-    last, and of every step that is linearised at once, about: as XLA's buffers show. loop: those that JAX's own gradient holds.
+    linearising: of the step and of what its derivatives are made of. whole: of pulling the cotangents of the new state, and of outputs that are none of it,
+    back to the state and to the constants, all that being at hand; back: those of the new state to the state alone. at_once: of linearising many steps
+    together, and of pulling their cotangents back to the constants: of `ALONG` steps. stays, passes: entries of every step that a gradient through a loop of
+    cotangents alone holds from its first pass to its last, and of every step that is linearised at once, about: as XLA's buffers show. loop: those that
+    JAX's own gradient holds.
     """
 
     linearising: Loop
@@ -72,7 +73,7 @@ class Parts(NamedTuple):
     @property
     def waits_little(self) -> bool:
         """Whether JAX's own gradient runs as two small kernels."""
-        return max(self.linearising.touched, self.whole.touched) < SMALL_LOOP
+        return not self.whole.work.alone and max(self.linearising.touched, self.whole.touched) < SMALL_LOOP
 
 
 ALONG = 1024
@@ -89,7 +90,7 @@ def parts(program: Program) -> Parts | None:
             everything, whole = _pulled(program, wanted)
         except ValueError:  # JAX's word for a `while_loop`
             return None
-        _, back = _pulled(program, (1,))
+        _, back = _pulled(program, (1,), outputs=False)
         together = _together(program, (0,) if weights else (2,))
     linearising = Work(*(max(a - b, 0) for a, b in zip(everything, whole.work, strict=True)))
     given, state, accumulated, shared = _size(x), _size(carry), _size(weights), _size(consts)
@@ -145,13 +146,19 @@ def _in(step: Any, given: Sequence[Sequence[Any]], wanted: Sequence[int]) -> tup
     return of_floats, [_floats(given[place]) for place in wanted]
 
 
-def _pulled(program: Program, wanted: Sequence[int]) -> tuple[Work, Loop]:
+def _outs(program: Program, outs: Sequence[Sequence[Any]], outputs: bool = True) -> list[Any]:
+    """Of what a step gives, the new state, and the outputs that are none of it."""
+    new, ys = outs
+    return [*new, *(y for y, source in zip(ys, program.forwarded, strict=True) if outputs and source is None)]
+
+
+def _pulled(program: Program, wanted: Sequence[int], outputs: bool = True) -> tuple[Work, Loop]:
     """All the work of the pull-back of a step to constants (0), state (1), inputs (2), and that on its cotangents, with what is kept for it."""
     consts, carry, x = program.avals
-    cotangents = _floats(program.out_avals[0])
+    cotangents = _floats(_outs(program, program.out_avals, outputs))
 
     def pull(cotangents, *given):
-        step, values = _in(lambda *full: program(*full)[0], given, wanted)
+        step, values = _in(lambda *full: _outs(program, program(*full), outputs), given, wanted)
         return jax.vjp(step, *values)[1](cotangents)
 
     closed, n = jax.make_jaxpr(pull)(cotangents, consts, carry, x), len(cotangents)
@@ -162,10 +169,11 @@ def _pulled(program: Program, wanted: Sequence[int]) -> tuple[Work, Loop]:
 
 def _together(program: Program, wanted: Sequence[int]) -> Work:
     """Of linearising `ALONG` steps at once, and of pulling their cotangents back."""
-    new, carry, x = ([jax.ShapeDtypeStruct((ALONG, *a.shape), a.dtype) for a in some] for some in (program.out_avals[0], *program.avals[1:]))
+    outs = _outs(program, program.out_avals)
+    new, carry, x = ([jax.ShapeDtypeStruct((ALONG, *a.shape), a.dtype) for a in some] for some in (outs, *program.avals[1:]))
 
     def pull(cotangents, *given):
-        every, values = _in(lambda consts, carry, x: jax.vmap(lambda h, x: program(consts, h, x)[0])(carry, x), given, wanted)
+        every, values = _in(lambda consts, carry, x: jax.vmap(lambda h, x: _outs(program, program(consts, h, x)))(carry, x), given, wanted)
         return jax.vjp(every, *values)[1](cotangents)
 
     closed = jax.make_jaxpr(pull)(_floats(new), program.avals[0], carry, x)

@@ -173,3 +173,18 @@ def test_what_is_computed_ahead_is_not_counted_in_the_loop():
 @pytest.mark.parametrize("time, words", [(2e-7, "0.2 µs"), (1.26e-5, "13 µs"), (9.96e-5, "100 µs"), (0.0123, "12 ms"), (0.0012, "1.2 ms"), (75.0, "75 s")])
 def test_times_in_words(time, words):
     assert timing.in_words(time) == words
+
+
+def test_outputs_are_counted_and_adding_to_several_places_makes_no_part_of_another_kernel():
+    """XLA adds the cotangents of what is gathered place by place; one place is an update, which it makes part of the loop's kernel."""
+
+    def small(h, x):
+        h = (0.5 * h + x).at[0].add(x)
+        return h, h[jnp.array([0, -1])]
+
+    h, x = Flat.of(jnp.zeros(4, "float32")), Flat.of(jnp.zeros((), "float32"))
+    program, _, _ = trace(lambda _, h, x: small(h, x), Flat.of(()), h, x, emits=True)
+    alone = timing.parts(program)
+    assert alone is not None
+    assert alone.whole.work.alone == 1 and not alone.whole.is_fused and not alone.waits_little
+    assert alone.linearising.work.alone == 0 and alone.linearising.is_fused and alone.back.is_fused

@@ -20,6 +20,7 @@ class Work(NamedTuple):
     products: floating-point operations of products, two a multiply-add.
     elements: entries that anything else computes.
     functions: those of transcendental functions among them, a sine four times: XLA computes it by so much more on a CPU.
+    alone: those of the kernels that no compiler makes one with others: sorting, factorising, adding to places.
     """
 
     calls: int = 0
@@ -28,6 +29,7 @@ class Work(NamedTuple):
     products: int = 0
     elements: int = 0
     functions: int = 0
+    alone: int = 0
 
     def __add__(self, other: Any) -> Work:
         return Work(*(a + b for a, b in zip(self, other, strict=True)))
@@ -61,7 +63,7 @@ def work_on(jaxpr: AnyJaxpr, inputs: Sequence[int]) -> Work:
 
 def work_of(eqn: Any) -> Work:
     """Of one equation; see `work`."""
-    inner = list(sub_jaxprs(list(eqn.params.values())))
+    inner = [] if eqn.primitive.name.startswith(_BY_A_RULE) else list(sub_jaxprs(list(eqn.params.values())))
     return max(map(work, inner), key=lambda some: some.flops).times(eqn.params.get("length", 1)) if inner else _of(eqn)
 
 
@@ -124,6 +126,7 @@ _MOVES = frozenset("broadcast_in_dim reshape transpose squeeze slice concatenate
 _FUNCTIONS = dict.fromkeys("exp exp2 expm1 log log1p tanh logistic pow cbrt erf erfc erf_inv lgamma digamma asin acos atan atan2 sinh cosh".split(), 1)
 _FUNCTIONS |= dict.fromkeys("sin cos tan".split(), 4)
 _ALONE = frozenset("sort cumsum cumprod cummax cummin cumlogsumexp cholesky triangular_solve lu qr eigh svd fft top_k".split())
+_BY_A_RULE = ("scatter", "reduce", "select_and", "cum", "arg")  # what they hold says how two numbers become one
 
 
 def _of(eqn: Any) -> Work:
@@ -145,7 +148,9 @@ def _of(eqn: Any) -> Work:
         return Work()
     if name in _FUNCTIONS:
         return Work(elements=size, functions=_FUNCTIONS[name] * size)
-    return Work(kernels=int(name in _ALONE or name.startswith(("reduce", "arg", "scatter"))), elements=size)
+    places = math.prod(eqn.invars[1].aval.shape[:-1]) if name.startswith("scatter") else 0  # to a single one it is an update
+    alone = int(name in _ALONE or places > 1)
+    return Work(kernels=alone or int(name.startswith(("reduce", "arg"))), elements=size, alone=alone)
 
 
 def has_products(jaxpr: AnyJaxpr) -> bool:
