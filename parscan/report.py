@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import math
 import textwrap
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -17,7 +18,7 @@ from parscan.checks import is_inexact, named_leaves
 from parscan.claims import Claim
 from parscan.costs import STAGES, Step
 from parscan.jaxprs import Mixing, Program, mixings
-from parscan.layout import in_words
+from parscan.layout import Layout, in_words
 from parscan.machines import machine
 from parscan.methods import BY_NAME, Method, sized
 from parscan.proof import Derivative, derivative
@@ -277,6 +278,21 @@ def _sentences(given: Given, r: int) -> Iterator[str]:
         yield "no equation mixes coordinates"
     elif not mixed and len(names) > 1:
         yield f"no equation mixes entries along an axis, but {_listed(names)} depend on one another"
+    for leaf, others in _ties(layout):
+        yield f"{names[leaf]}, a single number, is in one block with {others} others: as an integer, or an input, it would tie nothing"
+
+
+def _ties(layout: Layout) -> Iterator[tuple[int, int]]:
+    """Leaves of a single coordinate that are in a block with more than another, and with how many."""
+    sizes, start = [math.prod(shape) for shape in layout.shapes], 0
+    single = {sum(sizes[:leaf]): leaf for leaf, size in enumerate(sizes) if size == 1 and len(sizes) > 1}
+    if not single:
+        return
+    order = layout.order()
+    for group in layout.groups:
+        own = order[start : start + group.size]
+        yield from ((leaf, group.side - 1) for place, leaf in single.items() if group.side > 2 and place in own)
+        start += group.size
 
 
 def _names(given: Given, state: int, count: int) -> tuple[str, ...]:

@@ -546,3 +546,21 @@ def test_a_plan_may_be_asked_while_something_is_traced():
 
     traced(START)
     assert found == [(by("tree").depth, by("tree").flops["total"], by("tree").levels(), str(by("tree")))]
+
+
+def test_a_cell_of_a_notebook_is_named_by_its_line():
+    """Whose file is one of the kernel's, with a number for a name."""
+    namespace = {"jnp": jnp}
+    exec(compile("\ndef step(h, x):\n    return jnp.tanh(h @ jnp.ones((3, 3)) + x), None\n", "/tmp/ipykernel_17/3578801198.py", "exec"), namespace)
+    plan = parscan.plan(namespace["step"], jnp.zeros(3), jnp.ones((8, 3)), method="tree")
+    assert plan.why == ("`dot_general` in line 3 of a cell mixes the only axis of `h`",)
+
+
+def test_a_number_that_ties_a_state_is_named():
+    def step(h, x):
+        return (h[0] + 1.0, jnp.tanh(h[1] @ W + jnp.cos(h[0]) * x)), None
+
+    why = parscan.plan(step, (0.0, jnp.zeros((2, 3))), jnp.ones((8, 3)), method="tree").why
+    assert any("[0]`, a single number, is in one block with 6 others: as an integer" in said for said in why)
+    count = lambda h, x: ((h[0] + 1, step((h[0].astype(float), h[1]), x)[0][1]), None)
+    assert not any("single number" in said for said in parscan.plan(count, (0, jnp.zeros((2, 3))), jnp.ones((8, 3)), method="tree").why)
