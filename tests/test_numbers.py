@@ -339,3 +339,20 @@ def test_every_product_states_its_precision(method, kind):
     assert kind in repr(parscan.plan(step, start, None, length=32, method=METHODS[method]).kind)
     products = [eqn.params["precision"] for eqn in equations(jax.make_jaxpr(jax.grad(run))(start)) if eqn.primitive.name == "dot_general"]
     assert set(products) == {(lax.Precision.HIGH,) * 2, (lax.Precision.HIGHEST,) * 2}
+
+
+BY_CHANCE = {parscan.Tree(): (0.17406082153320312, 0.1718463897705078, 0.17075252532958984), parscan.Chunked(size=8): (0.17273426055908203, 0.1644887924194336)}
+
+
+@pytest.mark.parametrize("method", BY_CHANCE, ids=repr)
+def test_defects_that_cancel_by_chance_are_seen_through(method):
+    """(1, -1) passes exactly where sums grow. The defects of these chains, rounded, amount to next to nothing, and the vector is up to a percent off."""
+    c = jnp.array([1.0, -1.0], "float32")
+
+    @jax.jit
+    def gradient(J):
+        return jax.grad(lambda h: jnp.vdot(c, parscan.scan(lambda h, _: (J @ h, None), h, None, length=64, method=method)[0]))(jnp.zeros(2, "float32"))
+
+    for a in BY_CHANCE[method]:
+        b = round(0.37 * a * 2**20) / 2**20
+        np.testing.assert_allclose(gradient(jnp.array([[1 + a, b], [a, 1 + b]], "float32")), c, atol=3e-3)
