@@ -5,9 +5,13 @@ not optimised any further, and where the release has an older way of emitting fu
 is one module of machine code for each program, where cutting it up for several threads takes a sixth longer.
 The scripts are run as any user runs them, fully optimised. `XLA_FLAGS`, where it is set, takes the place of all this.
 
+The default run, which is to take less than ten minutes on two cores, leaves out cases of the largest grids, and most of what runs scripts and pages: see
+`ONE_IN`. `PARSCAN_TESTS=rest` runs what it leaves out, and `PARSCAN_TESTS=all` all.
+
 Programs are millions of small Python objects, none of which is garbage until a test is over: the collector looks for some less often.
 """
 
+import collections
 import gc
 import importlib.metadata
 import os
@@ -22,3 +26,41 @@ import jax
 
 jax.config.update("jax_enable_x64", True)
 gc.set_threshold(200_000, 20, 100)
+
+ONE_IN = {  # so many cases is run by default
+    "test_bench.py::test_a_row_of_a_suite_has_its_figures_and_its_line": 6,
+    "test_cells.py": 2,
+    "test_compositions.py::test_by_a_tree": 2,
+    "test_compositions.py::test_each_inside_each": 3,
+    "test_compositions.py::test_parallel_backward": 2,
+    "test_compositions.py::test_scan_by_every_method": 2,
+    "test_gradients.py::test_linear_scan": 2,
+    "test_gradients.py::test_parallel_backward": 3,
+    "test_memory.py::test_in_segments_derivatives_are_the_loops": 3,
+    "test_numbers.py::test_finite_and_equal": 2,
+    "test_numbers.py::test_as_one_step_after_another": 2,
+    "test_numbers.py::test_linear_scan_through_growth_along_no_axis": 2,
+    "test_readme.py::test_page": 6,
+    "test_scan_fuzz.py::test_like_lax_scan": 3,
+    "test_scripts.py::test_bench": 20,
+    "test_scripts.py::test_train": 2,
+}
+TESTS = os.environ.get("PARSCAN_TESTS", "some")
+
+
+def pytest_collection_modifyitems(config, items):
+    """Which cases of a test are run by default is as if drawn, and the same in every run."""
+    if TESTS == "all":
+        return
+    seen, left_out = collections.Counter(), []
+    for item in items:
+        name = item.nodeid.removeprefix("tests/")
+        found = next((start for start in ONE_IN if name.startswith(start)), None)
+        if found is not None:
+            drawn = (seen[found] * 0x9E3779B1 >> 7) % ONE_IN[found]
+            seen[found] += 1
+        if found is not None and drawn:
+            left_out.append(item)
+    chosen = left_out if TESTS == "rest" else [item for item in items if item not in set(left_out)]
+    config.hook.pytest_deselected(items=[item for item in items if item not in set(chosen)])
+    items[:] = chosen

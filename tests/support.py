@@ -21,7 +21,6 @@ import parscan
 from parscan import guard, machines
 from parscan.jaxprs import Flat, trace
 
-GRID = os.environ.get("PARSCAN_GRID") == "all"  # every combination, as in CI; by default those left out that share all but their number with others
 TOLERANCE = {"float32": 1e-4, "float64": 1e-10}
 METHODS: dict[str, Any] = {
     "lax": parscan.Lax(),

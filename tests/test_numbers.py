@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from finiteness import CASES, METHODS, MODES, derivatives, gap, missing, parting, single
 from jax import lax
-from support import GRID, assert_close, equations
+from support import assert_close, equations
 
 import parscan
 from parscan import guard
@@ -22,8 +22,8 @@ from parscan.jaxprs import roundoff
 GROWTH = "growth into one axis, read on the other"
 
 
-# What is formed and what is judged is the same for `Associative` as for `Tree`; its program takes twice as long to compile.
-@pytest.mark.parametrize("method, name", [(method, name) for method in METHODS for name in list(CASES)[:: 3 if method == "associative" and not GRID else 1]])
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("method", METHODS)
 def test_finite_and_equal(method, name):
     for mode in MODES:
         assert any(np.isfinite(leaf).any() for leaf in jax.tree.leaves(derivatives(name, None)[mode])), "a case where the loop itself fails says nothing"
@@ -173,7 +173,7 @@ ALONG_NO_AXIS = [*METHODS.values(), *IN_SEGMENTS, parscan.Chunked(8, levels=2), 
 
 
 @pytest.mark.parametrize("method", ALONG_NO_AXIS, ids=repr)
-@pytest.mark.parametrize("dtype, length", [("float32", 64), ("float64", 128)] if GRID else [("float64", 128)])
+@pytest.mark.parametrize("dtype, length", [("float32", 64), ("float64", 128)])
 def test_linear_scan_through_growth_along_no_axis(method, dtype, length):
     read = jnp.asarray([1, -1], dtype)
     loss = lambda h: jnp.vdot(read, parscan.linear_scan(parscan.Dense(SLANTED.astype(dtype)), jnp.zeros((length, 2), dtype), h, method=method)[-1])
@@ -182,7 +182,7 @@ def test_linear_scan_through_growth_along_no_axis(method, dtype, length):
 
 @pytest.mark.parametrize(
     "method, mode",
-    [*((method, mode) for method in METHODS for mode in ("grad", "jvp") if GRID or (method, mode) != ("associative", "jvp")), ("tree", "grad of vmap")],
+    [*((method, mode) for method in METHODS for mode in ("grad", "jvp")), ("tree", "grad of vmap")],
 )
 @pytest.mark.parametrize("name", LOST)
 def test_as_one_step_after_another(method, name, mode):
