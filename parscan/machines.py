@@ -38,9 +38,8 @@ class Machine:
         entry: a multiply-add of explicit Jacobians.
 
     Example:
-        >>> from parscan import machines
-        >>> machines.default("cpu").kernel > 0
-        True
+        >>> parscan.calibrate(progress=False, save=False, budget=0.1).machine
+        Machine(start=..., fused=..., ...)
     """
 
     start: float

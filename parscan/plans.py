@@ -43,7 +43,8 @@ def plan(
         stretches, too. `print` shows it as a table, `spy()` draws the Jacobian.
 
     Raises:
-        ValueError: whatever `scan`, or `parallel_backward`, raises for these arguments.
+        ValueError: as `scan` does, or `parallel_backward`, for these arguments.
+        TypeError: likewise.
 
     Example:
         >>> def f(h, x):

@@ -39,7 +39,8 @@ def replacing_lax_scan(*, method: Method | str = "auto", structure: Any = "auto"
     before or inside stays as it was compiled. So decorate the function that is to be traced, inside `jax.jit`.
 
     Args:
-        method, structure, debug: as for `scan`, for every loop that is met. An explicit parallel method raises where a loop cannot be parallel.
+        method: as for `scan`, for every loop that is met; an explicit parallel method raises where one of them cannot be parallel.
+        structure, debug: as for `scan`, for every loop that is met.
 
     Raises:
         ValueError: on entering, `method` or `structure` is a name that is not known.

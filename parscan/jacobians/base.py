@@ -26,6 +26,8 @@ class Jacobian:
 
     Example:
         >>> one = parscan.Diagonal(jnp.array([2.0, 3.0]))
+        >>> isinstance(one, parscan.jacobians.Jacobian)
+        True
         >>> one.apply(jnp.ones(2)), one.after(one).to_dense()
         (Array([2., 3.], dtype=float32), Array([[4., 0.],
                [0., 9.]], dtype=float32))
