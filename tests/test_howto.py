@@ -1,4 +1,4 @@
-"""Of the recipes in docs/howto: what the run of the pages, in `test_readme.py`, leaves open."""
+"""Of the recipes in docs/howto: what the run of the pages, in `test_readme.py`, and the look at links, in `test_site.py`, leave open."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import re
 import subprocess
 import sys
 
-import pytest
 from support import ROOT
 from test_readme import blocks, sections, with_output
 
@@ -28,15 +27,6 @@ def test_every_output_that_is_shown_is_compared():
         text = page.read_text()
         shown = [code for language, _, code in blocks(text) if language == "text"]
         assert shown == [printed for _, _, printed in with_output(text) if printed is not None], page.name
-
-
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_links_lead_somewhere(page):
-    for name, heading in re.findall(r"\]\(([^)#:]*)(?:#([^)]*))?\)", page.read_text()):
-        to = (page.parent / name).resolve() if name else page
-        assert to.exists(), name
-        headings = [re.sub(r"[^\w -]", "", line.lstrip("#").strip().lower()).replace(" ", "-") for line in to.read_text().splitlines() if line.startswith("#")]
-        assert not heading or heading in headings, f"{name} has no heading #{heading}"
 
 
 def test_on_eight_devices():
