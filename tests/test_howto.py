@@ -12,7 +12,7 @@ from test_readme import blocks, sections, with_output
 
 HOWTO = ROOT / "docs" / "howto"
 RECIPES = [page for page in sorted(HOWTO.glob("*.md")) if page.name != "index.md"]
-PAGES = [ROOT / "docs" / "tutorial.md", HOWTO / "index.md", *RECIPES]
+PAGES = sorted((ROOT / "docs").rglob("*.md"))
 
 
 def test_every_recipe_is_listed_says_how_to_and_is_run():
