@@ -19,7 +19,7 @@ import click
 from bench import SUITE_NAMES
 from results import keep
 from suites import SUITES
-from tables import COLUMNS, MEANINGS, bullets, by_seed, picture, predicted, table
+from tables import COLUMNS, MEANINGS, by_seed, in_short, markdown, picture, predicted, table
 
 DOCS = Path(__file__).resolve().parent.parent / "docs"
 PAGE = "performance.md"
@@ -107,13 +107,14 @@ BEGIN, END = "<!-- made by scripts/performance.py -->", "<!-- end -->"
 
 def readme(text: str, docs: Path) -> str:
     """README with what `auto` is worth, by every file that tells, between its two marks."""
-    parts = []
+    lines = []
     for content in contents(docs).values():
         rows = content["suites"].get("auto", ())
         for seed, some in by_seed([row for row in rows if not row.get("quick")]).items():
-            parts.append(f"{content['machine']}, JAX {_jax(content)}, list drawn from seed {seed}:\n\n{bullets(some)}")
+            lines.append([content["machine"], _jax(content), str(seed), *in_short(some)])
+    head = ["machine", "JAX", "seed", "problems", "gain ×", "gain ×, 8 < B·n ≤ 256", "lost", "the worst of these, × the best baseline's time"]
     before, _, rest = text.partition(BEGIN)
-    return "\n\n".join([before + BEGIN, *parts, END + rest.partition(END)[2]])
+    return "\n\n".join([before + BEGIN, markdown(head, lines), END + rest.partition(END)[2]])
 
 
 @click.command(help=__doc__, context_settings={"max_content_width": 120})

@@ -86,6 +86,14 @@ def bullets(rows: Rows) -> str:
     return said.replace("\n  ", "\n  - ")
 
 
+def in_short(rows: Rows) -> list[str]:
+    """Of a list of drawn problems: how many, gains in the geometric mean, of all and of those of some size, how many are lost, and the worst of them."""
+    found = [bench_auto.judged(row) for row in rows]
+    gains = [[one["gain"] for one in found], [one["gain"] for one in found if 8 < one["coordinates"] <= 256]]
+    lost = [one["behind"] for one in found if one["lost"]]
+    return [str(len(found)), *map(bench_auto.geometric, gains), str(len(lost)), f"{max(lost):.2f}" if lost else "none"]
+
+
 def by_seed(rows: Rows) -> dict[int, list[dict[str, Any]]]:
     found: dict[int, list[dict[str, Any]]] = {}
     for row in rows:
