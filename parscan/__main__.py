@@ -27,7 +27,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: of the command line; those of this process if not given.
 
     Returns:
-        0, or 1 if a gradient does not agree.
+        0, or 1 if a gradient does not agree or there is no device.
 
     Example:
         >>> from parscan.__main__ import main
@@ -39,24 +39,28 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser("python -m parscan", description=f"Prints {(__doc__ or '').partition(':')[2].partition(';')[0].strip()}.")
     parser.add_argument("--no-check", action="store_true", help=f"leave out the gradients, which take up to {selfcheck.BUDGET:.0f} seconds or so")
     parsed = parser.parse_args(arguments)
-    for label, text in _facts():
+    for label, text in _versions():
         print(f"{label:12}{text}")
+    try:
+        kinds = [f"{device.platform} ({device.device_kind})" for device in jax.devices()]
+    except (RuntimeError, AssertionError) as error:  # JAX fails so where JAX_PLATFORMS names what is not there
+        print(f"{'devices':12}none, JAX finds no device to run on: {type(error).__name__} {error}".rstrip())
+        return 1
+    print(f"{'devices':12}" + ", ".join(f"{kinds.count(kind)} × {kind}" for kind in dict.fromkeys(kinds)))
+    print(f"{'calibration':12}{_calibration()}")
     return 0 if parsed.no_check else _checked()
 
 
-def _facts() -> Iterator[tuple[str, str]]:
+def _versions() -> Iterator[tuple[str, str]]:
     yield "parscan", parscan.__version__
     yield "python", f"{platform.python_version()}, {platform.python_implementation()}"
     yield "jax", jax.__version__
     yield "jaxlib", jaxlib.__version__
     yield "numpy", np.__version__
     yield "platform", f"{platform.platform()}, {os.cpu_count()} CPUs"
-    kinds = [f"{device.platform} ({device.device_kind})" for device in jax.devices()]
-    yield "devices", ", ".join(f"{kinds.count(kind)} × {kind}" for kind in dict.fromkeys(kinds))
     settings = [f"{name}={os.environ[name]}" for name in SETTINGS if name in os.environ]
     if settings:
         yield "settings", " ".join(settings)
-    yield "calibration", _calibration()
 
 
 def _calibration() -> str:
@@ -69,7 +73,7 @@ def _calibration() -> str:
     if said:
         return str(said[0].message)
     needed = "" if machines.path() else ", after `pip install 'parscan[calibrate]'`"
-    return f"none, plans use defaults; `parscan.calibrate()` in Python measures this machine, in a minute{needed}"
+    return f"none, plans use defaults; `parscan.calibrate()` in Python measures this machine, in half a minute{needed}"
 
 
 def _checked() -> int:

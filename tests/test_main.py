@@ -28,10 +28,17 @@ def test_says_versions_devices_and_that_there_is_no_calibration(tmp_path):
     done = run(["-m", "parscan", "--no-check"], tmp_path, XLA_FLAGS="")
     assert done.returncode == 0 and not done.stderr, done.stderr
     lines = dict(line.split(maxsplit=1) for line in done.stdout.splitlines())
-    assert list(lines) == ["parscan", "python", "jax", "jaxlib", "numpy", "platform", "devices", "settings", "calibration"]
+    assert list(lines) == ["parscan", "python", "jax", "jaxlib", "numpy", "platform", "settings", "devices", "calibration"]
     assert lines["parscan"] == parscan.__version__ and lines["jax"] == jax.__version__ and lines["devices"] == "1 × cpu (cpu)"
     assert "JAX_PLATFORMS=cpu" in lines["settings"]
     assert lines["calibration"].startswith("none") and "parscan.calibrate()" in lines["calibration"]
+
+
+def test_where_there_is_no_device_that_is_said_below_the_settings_that_are_why(tmp_path):
+    done = run(["-m", "parscan"], tmp_path, JAX_PLATFORMS="nowhere", XLA_FLAGS="")
+    *_, settings, devices = done.stdout.splitlines()
+    assert done.returncode == 1 and "Traceback" not in done.stderr, done.stderr
+    assert settings == "settings    JAX_PLATFORMS=nowhere" and devices.startswith("devices     none, JAX finds no device to run on: ")
 
 
 def test_gradients_agree_here(tmp_path):
