@@ -102,7 +102,7 @@ def picture(count: int = 8) -> Figure:
     up = max(level for *_, level in schedule.joins)
     calls = sorted({(level, call) for _, _, level, call in schedule.applies})
 
-    fig = Figure(facecolor="white", layout="none")
+    fig = Figure(facecolor="white", layout="none")  # pyright: ignore[reportArgumentType]  # which matplotlib takes, and its stubs do not
     ax = fig.add_axes((0, 0, 1, 1))
     ax.axis("off")
     left = -0.75
