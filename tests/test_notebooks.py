@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -54,6 +55,14 @@ def test_is_stored_as_it_was_run(path):
     assert not [cell.source for cell in cells if "error" in kinds(cell) or ["error"] in kinds(cell) or "stderr" in kinds(cell)]
     text = path.read_text()
     assert not [place for place in (str(ROOT), "/home/", "/tmp/", "/Users/") if place in text], "a path of somebody's machine"
+
+
+@each_notebook
+def test_answers_its_question_draws_and_ends_with_an_exercise(path):
+    first, *cells, exercise, last = nbformat.read(path, as_version=4).cells
+    assert re.match(r"# .+\n", first.source) and "**The answer" in first.source
+    assert any("image/png" in output.get("data", {}) for cell in cells for output in cell.get("outputs", []))
+    assert re.search(r"^## .*An exercise$", exercise.source, re.MULTILINE) and last.cell_type == "code" and last.outputs
 
 
 @pytest.mark.skipif(os.environ.get("PARSCAN_NOTEBOOKS") != "run", reason="takes minutes: PARSCAN_NOTEBOOKS=run python -m pytest tests/test_notebooks.py")
