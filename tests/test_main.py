@@ -35,10 +35,10 @@ def test_says_versions_devices_and_that_there_is_no_calibration(tmp_path):
 
 
 def test_where_there_is_no_device_that_is_said_below_the_settings_that_are_why(tmp_path):
-    done = run(["-m", "parscan"], tmp_path, JAX_PLATFORMS="nowhere", XLA_FLAGS="")
+    done = run(["-m", "parscan"], tmp_path, JAX_PLATFORMS="nowhere")
     *_, settings, devices = done.stdout.splitlines()
     assert done.returncode == 1 and "Traceback" not in done.stderr, done.stderr
-    assert settings == "settings    JAX_PLATFORMS=nowhere" and devices.startswith("devices     none, JAX finds no device to run on: ")
+    assert settings.startswith("settings    JAX_PLATFORMS=nowhere") and devices.startswith("devices     none, JAX finds no device to run on: ")
 
 
 def test_gradients_agree_here(tmp_path):
