@@ -6,6 +6,8 @@ import functools
 import json
 import logging
 import math
+import os
+import platform as host
 import tempfile
 import warnings
 from dataclasses import asdict, dataclass, fields
@@ -110,13 +112,14 @@ def machine(platform: str) -> Machine:
 
 
 def identity() -> dict[str, str]:
-    """What a calibration holds for: the device, its platform, and the versions that compile for it."""
+    """What a calibration holds for: the device, its platform, and the versions that compile for it. JAX has one name for all CPUs."""
     device = jax.devices()[0]
+    kind = f"{host.machine()}, {os.cpu_count()} cores" if device.platform == "cpu" else device.device_kind
     try:
         version = metadata.version("parscan")
     except metadata.PackageNotFoundError:  # not installed, but on the path
         version = "source"
-    return {"platform": device.platform, "device": device.device_kind, "jax": jax.__version__, "parscan": version}
+    return {"platform": device.platform, "device": kind, "jax": jax.__version__, "parscan": version}
 
 
 def path() -> Path | None:

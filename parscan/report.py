@@ -268,12 +268,13 @@ def _sentences(given: Given, r: int) -> Iterator[str]:
     """What mixes what in step r."""
     assert given.structures is not None
     layout, names = given.structures[r].before, _names(given, r, len(given.structures[r].before.shapes))
-    mixed: dict[tuple[str, int], list[int]] = {}
+    mixed: dict[tuple[str, int, bool], list[int]] = {}
     for one in _mixings(given.steps[r].program):
         if layout.shapes[one.leaf][one.axis] > 1:
-            mixed.setdefault((one.eqn, one.leaf), []).append(one.axis)
-    for (eqn, leaf), axes in mixed.items():
-        yield f"{eqn} mixes {_listed([_axis(axis, len(layout.shapes[leaf])) for axis in axes])} of {names[leaf]}"
+            mixed.setdefault((one.eqn, one.leaf, one.moves), []).append(one.axis)
+    for (eqn, leaf, moves), places in mixed.items():
+        axes = f"{_listed([_axis(axis, len(layout.shapes[leaf])) for axis in places])} of {names[leaf]}"
+        yield f"{eqn} takes {axes} apart, and what follows mixes the parts" if moves else f"{eqn} mixes {axes}"
     if not mixed and max(layout.blocks, default=0) <= 1:
         yield "no equation mixes coordinates"
     elif not mixed and len(names) > 1:

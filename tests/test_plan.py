@@ -564,3 +564,10 @@ def test_a_number_that_ties_a_state_is_named():
     assert any("[0]`, a single number, is in one block with 6 others: as an integer" in said for said in why)
     count = lambda h, x: ((h[0] + 1, step((h[0].astype(float), h[1]), x)[0][1]), None)
     assert not any("single number" in said for said in parscan.plan(count, (0, jnp.zeros((2, 3))), jnp.ones((8, 3)), method="tree").why)
+
+
+def test_what_only_moves_an_axis_is_not_said_to_mix_it():
+    heads = jnp.ones((2, 3, 3))
+    step = lambda h, x: (jnp.tanh(jnp.einsum("hi,hij->hj", h.reshape(2, 3), heads).reshape(6) + x), None)
+    (said,) = parscan.plan(step, jnp.zeros(6), jnp.ones((8, 6)), method="tree").why
+    assert said.startswith("`reshape` at test_plan.py:") and said.endswith("takes the only axis of `h` apart, and what follows mixes the parts")

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from parscan.jaxprs.flow import Flow
+from parscan.jaxprs.moves import MOVES
 from parscan.jaxprs.program import AnyJaxpr, equations, open_jaxpr, sub_jaxprs
 from parscan.jaxprs.sources import where
 
@@ -30,11 +31,13 @@ class Mixing:
     """An equation that mixes entries along an axis.
 
     eqn: the equation as the user would look for it, "`dot_general` at model.py:31". leaf, axis: which tangent leaf, which axis of it.
+    moves: whether it only moves them, so that others mix them.
     """
 
     eqn: str
     leaf: int
     axis: int
+    moves: bool = False
 
 
 def dependence(jaxpr: AnyJaxpr, tangents: Sequence[int]) -> list[Dependence]:
@@ -74,7 +77,8 @@ def mixings(jaxpr: AnyJaxpr, tangents: Sequence[int]) -> list[Mixing]:
             for axis, d in enumerate(dims):
                 if isinstance(d, _Lost) and ((leaf, axis) not in first or place[id(d.eqn)] < place[id(first[leaf, axis])]):
                     first[leaf, axis] = d.eqn
-    return [Mixing(where(eqn, callers), leaf, axis) for (leaf, axis), eqn in sorted(first.items(), key=lambda item: item[0])]
+    ordered = sorted(first.items(), key=lambda item: item[0])
+    return [Mixing(where(eqn, callers), leaf, axis, eqn.primitive.name in MOVES) for (leaf, axis), eqn in ordered]
 
 
 # --- following --------------------------------------------------------------------------------------------------------
