@@ -240,7 +240,7 @@ def cut(method: Sequential, steps: Sequence[Step], structures: Sequence[Structur
 def _loop(machine: Machine, fuses: bool, one: Loop) -> float:
     """A step of a loop, in ns; of one that is made a single kernel of, if the compiler ever does."""
     work = one.work
-    waiting = machine.fused if fuses and one.is_fused else machine.call * work.calls + machine.kernel * work.kernels + machine.slot * one.slots
+    waiting = machine.fused if fuses and one.is_fused else machine.call * (work.calls + work.apart) + machine.kernel * work.kernels + machine.slot * one.slots
     return waiting + machine.product * work.products + machine.element * work.elements + machine.function * work.functions + machine.kept * one.entries
 
 

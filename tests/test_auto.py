@@ -188,3 +188,11 @@ def test_outputs_are_counted_and_adding_to_several_places_makes_no_part_of_anoth
     assert alone is not None
     assert alone.whole.work.alone == 1 and not alone.whole.is_fused and not alone.waits_little
     assert alone.linearising.work.alone == 0 and alone.linearising.is_fused and alone.back.is_fused
+
+
+def test_a_batched_product_of_matrices_is_as_many_calls():
+    """XLA on a CPU calls its library for one after another."""
+    heads = jnp.ones((16, 4, 4), "float32")
+    found = timing.parts(traced(lambda h, x: jnp.tanh(jnp.einsum("bhi,hij->bhj", h, heads) + x), (2, 16, 4), (2, 16, 4)))
+    assert found is not None and (found.back.work.calls, found.back.work.apart) == (1, 15)
+    assert (found.whole.work.calls, found.whole.work.apart) == (2, 30)

@@ -21,6 +21,7 @@ class Work(NamedTuple):
     elements: entries that anything else computes.
     functions: those of transcendental functions among them, a sine four times: XLA computes it by so much more on a CPU.
     alone: those of the kernels that no compiler makes one with others: sorting, factorising, adding to places.
+    apart: the single products in those of the calls that are batched, beyond the first of each.
     """
 
     calls: int = 0
@@ -30,6 +31,7 @@ class Work(NamedTuple):
     elements: int = 0
     functions: int = 0
     alone: int = 0
+    apart: int = 0
 
     def __add__(self, other: Any) -> Work:
         return Work(*(a + b for a, b in zip(self, other, strict=True)))
@@ -140,7 +142,7 @@ def _of(eqn: Any) -> Work:
         if inner == 1:  # compilers make a multiplication of it
             return Work(products=2 * size)
         call = int(1 < free < size // max(outer, 1))
-        return Work(call, outer if batched else 0, 1 - call, products=2 * size * inner)
+        return Work(call, outer if batched else 0, 1 - call, products=2 * size * inner, apart=call * (outer - 1))
     if name == "conv_general_dilated":
         kernel = eqn.invars[1].aval.shape
         return Work(1, products=2 * size * math.prod(kernel) // max(kernel[eqn.params["dimension_numbers"].rhs_spec[0]], 1))
