@@ -274,7 +274,7 @@ def _sentences(given: Given, r: int) -> Iterator[str]:
             mixed.setdefault((one.eqn, one.leaf, one.moves), []).append(one.axis)
     for (eqn, leaf, moves), places in mixed.items():
         axes = f"{_listed([_axis(axis, len(layout.shapes[leaf])) for axis in places])} of {names[leaf]}"
-        yield f"{eqn} takes {axes} apart, and what follows mixes the parts" if moves else f"{eqn} mixes {axes}"
+        yield f"{eqn} moves entries of {axes}, and what follows mixes them" if moves else f"{eqn} mixes {axes}"
     if not mixed and max(layout.blocks, default=0) <= 1:
         yield "no equation mixes coordinates"
     elif not mixed and len(names) > 1:

@@ -570,4 +570,4 @@ def test_what_only_moves_an_axis_is_not_said_to_mix_it():
     heads = jnp.ones((2, 3, 3))
     step = lambda h, x: (jnp.tanh(jnp.einsum("hi,hij->hj", h.reshape(2, 3), heads).reshape(6) + x), None)
     (said,) = parscan.plan(step, jnp.zeros(6), jnp.ones((8, 6)), method="tree").why
-    assert said.startswith("`reshape` at test_plan.py:") and said.endswith("takes the only axis of `h` apart, and what follows mixes the parts")
+    assert said.startswith("`reshape` at test_plan.py:") and said.endswith("moves entries of the only axis of `h`, and what follows mixes them")
