@@ -30,7 +30,7 @@ def through_one(chain: Chain, start: Array, offsets: Array, method: Method, reve
     maps = formed(chain, offsets)
     if isinstance(method, Walk):
         values = prefix.walk(maps, start, affine.apply, reverse=reverse)
-        return Found(values, partial(_errors_of_maps, chain, start, values, offsets, partial(_walked, maps, reverse), reverse))
+        return Found(values, partial(_errors_of_maps, chain, start, values, offsets, partial(_walked, maps, reverse), reverse, False))
     if isinstance(method, Tree):
         made = _upswept(maps, reverse)
         values = made.values(start)
@@ -81,23 +81,24 @@ def _errors_of_steps(chain: Chain, values: Array, offsets: Array, reverse: bool,
 
 
 def _errors_of_maps(
-    chain: Chain, start: Array, values: Array, offsets: Array, travelled: Callable[[Array, Array], Array], reverse: bool, error: Array | None
+    chain: Chain, start: Array, values: Array, offsets: Array, travelled: Callable[[Array, Array], Array], reverse: bool, multiplied: bool, error: Array | None
 ) -> Errors:
-    """Of maps that were written down: their entries are rounded, where a step itself may cancel exactly. travelled: (offsets, start) -> what leaves them."""
-    defects = defects_of(chain, start, offsets, values, reverse)
-    return Errors(travelled(defects, jnp.zeros_like(start) if error is None else error), largest(values, offsets))
+    """Of maps that were written down: their entries are rounded, where a step itself may cancel exactly.
 
-
-def _errors_of_groups(chain: Chain, start: Array, values: Array, offsets: Array, made: grouped.Groups, reverse: bool, error: Array | None) -> Errors:
-    error, size = jnp.zeros_like(start) if error is None else error, largest(values, offsets)
-    at, doubt = guard.followed(lambda defects: made.again(defects).values(error), defects_of(chain, start, offsets, values, reverse))
+    travelled: (offsets, start) -> what leaves the maps. multiplied: with one another, too, so that what defects amount to is in doubt.
+    """
+    defects, size = defects_of(chain, start, offsets, values, reverse), largest(values, offsets)
+    error = jnp.zeros_like(start) if error is None else error
+    if not multiplied:
+        return Errors(travelled(defects, error), size)
+    at, doubt = guard.followed(lambda defects: travelled(defects, error), defects)
     return Errors(at, size, doubt=(doubt, size))
 
 
 def _errors_of_tree(chain: Chain, start: Array, values: Array, offsets: Array, made: Pairs | grouped.Groups, reverse: bool, error: Array | None) -> Errors:
     if isinstance(made, Pairs):
         return _errors_of_pairs(chain, start, values, made, error)
-    return _errors_of_groups(chain, start, values, offsets, made, reverse, error)
+    return _errors_of_maps(chain, start, values, offsets, lambda defects, error: made.again(defects).values(error), reverse, True, error)
 
 
 def _errors_of_pairs(chain: Chain, start: Array, values: Array, pairs: Pairs, error: Array | None) -> Errors:

@@ -14,16 +14,13 @@ from typing import Any
 
 import click
 import numpy as np
+from tree_picture import BAND, FAINT, INK, MATRIX, MATRIX_FILL, VECTOR, VECTOR_FILL
 
 from parscan import prefix
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCS = ROOT / "docs" / "explanation"
 LAYERS, SIZE = 16, 4
-# Okabe and Ito's colours, as in `tree_picture`.
-MATRIX, MATRIX_FILL = "#B34700", "#FBE3D0"
-VECTOR, VECTOR_FILL = "#0072B2", "#D6EAF6"
-INK, FAINT, BAND = "#222222", "#8A8A8A", "#F4F4F4"
 STEP, ROW, LEFT, TOP, RIGHT = 36, 34, 64, 58, 330
 
 STAGES = {

@@ -23,6 +23,8 @@ os.environ.setdefault(  # jaxlib 0.12 does not know the others, and an unknown o
 )
 
 import jax
+import pytest
+from support import ROOT
 
 jax.config.update("jax_enable_x64", True)
 gc.set_threshold(200_000, 20, 100)
@@ -56,15 +58,18 @@ def pytest_collection_modifyitems(config, items):
     """Which cases of a test are run by default is as if drawn, and the same in every run."""
     if TESTS == "all":
         return
-    seen, left_out = collections.Counter(), []
+    seen, parts = collections.Counter(), {"some": [], "rest": []}
     for item in items:
         name = item.nodeid.removeprefix("tests/")
         found = next((start for start in ONE_IN if name.startswith(start)), None)
-        if found is not None:
-            drawn = (seen[found] * 0x9E3779B1 >> 7) % ONE_IN[found]
-            seen[found] += 1
-        if found is not None and drawn:
-            left_out.append(item)
-    chosen = left_out if TESTS == "rest" else [item for item in items if item not in set(left_out)]
-    config.hook.pytest_deselected(items=[item for item in items if item not in set(chosen)])
-    items[:] = chosen
+        drawn = found is None or (seen[found] * 0x9E3779B1 >> 7) % ONE_IN[found] == 0
+        seen[found] += 1
+        parts["some" if drawn else "rest"].append(item)
+    chosen = "rest" if TESTS == "rest" else "some"
+    config.hook.pytest_deselected(items=parts["some" if chosen == "rest" else "rest"])
+    items[:] = parts[chosen]
+
+
+@pytest.fixture
+def scripts_on_path(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "scripts")

@@ -26,9 +26,7 @@ TINY = {
 QUANTITIES = {"forward", "backward", "gradient", "step"}
 
 
-@pytest.fixture(autouse=True)
-def scripts_on_path(monkeypatch):
-    monkeypatch.syspath_prepend(ROOT / "scripts")
+pytestmark = pytest.mark.usefixtures("scripts_on_path")
 
 
 def settings(limit=1e8):

@@ -6,19 +6,9 @@ import re
 
 import pytest
 from support import ROOT
+from test_site import links
 
 PAGES = sorted((ROOT / "docs").rglob("*.md"))
-
-
-def links(page):
-    """What a page names in parentheses behind brackets, pictures too; not in its code."""
-    prose = re.sub(r"^```.*?^```$", "", page.read_text(), flags=re.MULTILINE | re.DOTALL)
-    return re.findall(r"\]\(([^)#:\s]+)\)", prose)
-
-
-@pytest.fixture
-def scripts_on_path(monkeypatch):
-    monkeypatch.syspath_prepend(ROOT / "scripts")
 
 
 def test_every_page_is_reached_from_the_readme():

@@ -22,9 +22,7 @@ run = functools.partial(run_script, without=("XLA_FLAGS",))
 ASKED = ("--quick", "--sweep", "L", "--most-steps", 512, "--method", "sequential", "--method", "walk", "--most-bytes", 1, "--rounds", 3)
 
 
-@pytest.fixture(autouse=True)
-def scripts_on_path(monkeypatch):
-    monkeypatch.syspath_prepend(ROOT / "scripts")
+pytestmark = pytest.mark.usefixtures("scripts_on_path")
 
 
 @pytest.fixture(scope="module")

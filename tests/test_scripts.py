@@ -6,14 +6,9 @@ import functools
 import json
 
 import pytest
-from support import ROOT, run_script
+from support import run_script
 
 run = functools.partial(run_script, without=("XLA_FLAGS",))  # compiled as for any user: with none of the suite's settings for XLA
-
-
-@pytest.fixture
-def scripts_on_path(monkeypatch):
-    monkeypatch.syspath_prepend(ROOT / "scripts")
 
 
 def test_train_on_real_series(tmp_path):

@@ -28,20 +28,21 @@ each_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.rel
 # --- as files, on GitHub ------------------------------------------------------------------------------------------------
 
 
-def prose(text: str) -> str:
-    """Without fenced blocks and code."""
+def without_blocks(text: str) -> str:
     for _, _, code in blocks(text):
         text = text.replace(code, "\n", 1)
-    return re.sub(r"(`+).+?\1", "", text)
+    return text
+
+
+def links(page: Path) -> list[str]:
+    """What a Markdown page names in parentheses behind brackets, pictures too; not in its code."""
+    return re.findall(r"\]\(<?([^)\s>]+)", re.sub(r"(`+).+?\1", "", without_blocks(page.read_text())))
 
 
 def anchors(page: Path) -> set[str]:
     """Of the headings of a Markdown page, as GitHub makes them."""
-    text = page.read_text()
-    for _, _, code in blocks(text):
-        text = text.replace(code, "\n", 1)
     found: set[str] = set()
-    for heading in re.findall(r"^#+ +(.+?) *#*$", text, re.MULTILINE):
+    for heading in re.findall(r"^#+ +(.+?) *#*$", without_blocks(page.read_text()), re.MULTILINE):
         slug = re.sub(r"[^\w\- ]", "", re.sub(r"\[(.*?)\]\(.*?\)", r"\1", heading).lower()).replace(" ", "-")
         found.add(next(name for i in range(100) if (name := slug + (f"-{i}" if i else "")) not in found))
     return found
@@ -50,7 +51,7 @@ def anchors(page: Path) -> set[str]:
 def broken(page: Path) -> list[str]:
     """Links of a Markdown page to files that are not there, or to headings that they do not have."""
     found = []
-    for link in re.findall(r"\]\(<?([^)\s>]+)", prose(page.read_text())):
+    for link in links(page):
         parts = urlsplit(link)
         target = (page.parent / unquote(parts.path)).resolve() if parts.path else page
         missing = not target.exists() or (parts.fragment and target.suffix == ".md" and parts.fragment not in anchors(target))
